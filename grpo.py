@@ -1,0 +1,379 @@
+"""GRPO, Group Relative Policy Optimization: the algorithm, tensors in and tensors out.
+
+GRPO comes from DeepSeekMath (arXiv 2402.03300); equation and section numbers below are that paper's.
+In one breath: sample a group of G completions for each question, score each of them, call a completion
+good if it did better than the rest of its own group, and make the tokens of good completions likelier,
+not too far at once (the clip) and not too far from where we started (the KL term).
+
+This file knows no text, file or option: reward.py turns text into numbers, eval.py holds the problems,
+train.py is the loop (Algorithm 1). Read it from top to bottom; the last function is eq. 3.
+
+    paper          here                    shape     meaning
+    q              prompt_ids, prompt_mask (B, P)    B questions, padded on the left
+    o_i            completion_ids, mask    (N, T)    N = B*G completions, padded on the right
+    r_i            rewards                 (B, G)    one number per completion
+    A_hat[i,t]     advantages              (N, T)    how much better than its group; (N, 1) if alike for all t
+    pi_theta       logp                    (N, T)    log-probs of the policy that is trained
+    pi_old         logp_old                (N, T)    ... of the policy that sampled the completions
+    pi_ref         logp_ref                (N, T)    ... of the frozen reference
+    epsilon        clip_low, clip_high     numbers   beta: kl_beta; G: group_size
+
+Rows are question-major: rows 0..G-1 are the group of question 0, and x.view(B, G) gives the groups back.
+V is the size of the vocabulary. `mask` is true where a completion token counts, everywhere.
+
+What the paper leaves open, and what we chose:
+  * Algorithm 1 says to maximise "equation 21", which is a gradient coefficient; the objective is eq. 3.
+  * The standard deviation is that of a sample (divisor G-1), with 1e-4 added to it.
+  * epsilon is 0.2 on both sides; log-probs are those of the distribution that was sampled from, logits / T.
+`grep -n "PAPER:"` lists where the code departs from the paper, `grep -n "TRAP:"` what goes wrong silently.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
+EQUAL_REWARDS = 1e-6   # rewards closer together than this count as equal (0.1 + 0.2 against 0.3)
+MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
+HEAD_CHUNK = 1024      # tokens that go through the vocabulary head at a time
+
+
+# ----------------------------------------------------------------------------------------------------
+# 1. Grouped sampling
+# ----------------------------------------------------------------------------------------------------
+
+class Samples(NamedTuple):
+    """What `sample_groups` returns: N = B * group_size rows, question-major."""
+    completion_ids: torch.Tensor   # (N, T) int64, padded on the right; T is the longest completion
+    mask: torch.Tensor             # (N, T) bool, true up to and including the first EOS
+    logp: torch.Tensor             # (N, T) the sampler's own log-probs, 0 where mask is false
+    truncated: torch.Tensor        # (N,) bool, true for completions cut off by max_new_tokens
+
+
+def position_ids(attention_mask):
+    """Position of each token in its own sequence, not counting the padding on the left: (N, S) -> (N, S).
+
+    TRAP: without these a short prompt in a batch starts at position 5 or 50 and its log-probs are
+    wrong, silently (test_left_padding_changes_nothing).
+    """
+    return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def sample_token(logits, temperature, generator=None):
+    """Draw one token a row from softmax(logits / temperature): (n, V) -> ids (n,) and log-probs (n,).
+
+    Temperature 0 takes the likeliest token, and reports its log-prob at temperature 1.
+    """
+    # TRAP: in bf16 a log-prob is off by up to 0.08, against a clip range of 0.2, so at least float32.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)   # (n, V)
+    if temperature == 0:
+        token = logp.argmax(dim=-1)
+    else:
+        token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)
+    return token, logp.gather(1, token[:, None]).squeeze(1)
+
+
+@torch.no_grad()
+def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
+                  temperature=1.0, generator=None):
+    """Sample `group_size` completions for each of B prompts (section 4.1, "a group of outputs").
+
+    The prompts go through the model once; their keys and values (the KV cache) are then repeated G
+    times, and from there on every step feeds one new token a row. Rows that end leave the batch.
+
+    prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion;
+    pad_id: fills up rows that ended, and may be equal to an EOS id; temperature: 0 means greedy;
+    generator: a torch.Generator on the model's device. Returns `Samples`. Raises ValueError for a
+    group, length or temperature that makes no sense.
+
+    TRAP: a library's generate() also applies what the model folder's generation_config asks for (top_k,
+    top_p, repetition_penalty), and then the samples do not come from the policy whose log-probs are
+    trained. This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
+    """
+    if group_size < 1 or max_new_tokens < 1 or temperature < 0:
+        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1 "
+                         f"and temperature ({temperature}) at least 0")
+    was_training = model.training
+    model.eval()   # TRAP: activation checkpointing in train() mode would turn the KV cache off
+    try:
+        return _sample_groups(model, prompt_ids, prompt_mask.long(), group_size, max_new_tokens,
+                              eos_ids, pad_id, temperature, generator)
+    finally:
+        model.train(was_training)
+
+
+def _sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
+                   temperature, generator):
+    N, device = len(prompt_ids) * group_size, prompt_ids.device
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
+
+    # The prompts, once. Only the logits of their last position are needed: (B, V).
+    out = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask),
+                use_cache=True, logits_to_keep=1)
+    # Then G rows for each prompt. repeat_interleave is [q0, q0, q1, q1]: question-major.
+    cache = out.past_key_values
+    cache.batch_repeat_interleave(group_size)
+    logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)             # (N, V)
+    attention_mask = prompt_mask.repeat_interleave(group_size, dim=0)           # (N, P), grows with the rows
+    position = prompt_mask.sum(dim=1).repeat_interleave(group_size)             # (N,) of the next token
+
+    completion_ids = torch.full((N, max_new_tokens), pad_id, dtype=torch.long, device=device)
+    logp = torch.zeros(N, max_new_tokens, device=device,
+                       dtype=torch.promote_types(logits.dtype, torch.float32))
+    rows = torch.arange(N, device=device)   # rows that still run; logits, cache etc. hold only these
+    for t in range(max_new_tokens):
+        token, token_logp = sample_token(logits, temperature, generator)        # (n,), n = len(rows)
+        completion_ids[rows, t], logp[rows, t] = token, token_logp
+
+        running = (~torch.isin(token, eos)).nonzero().squeeze(1)
+        if len(running) < len(rows):        # some rows have ended: the others go on without them
+            rows, token, position = rows[running], token[running], position[running]
+            attention_mask = attention_mask[running]
+            if len(rows) == 0:
+                break
+            cache.batch_select_indices(running)
+        if t + 1 == max_new_tokens:
+            break
+
+        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
+        out = model(input_ids=token[:, None], attention_mask=attention_mask, position_ids=position[:, None],
+                    past_key_values=cache, use_cache=True, logits_to_keep=1)
+        logits = out.logits[:, -1]
+        position = position + 1
+
+    T = t + 1
+    truncated = torch.zeros(N, dtype=torch.bool, device=device)
+    truncated[rows] = True                  # whoever still runs was cut off by the limit
+    completion_ids = completion_ids[:, :T]
+    return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp[:, :T], truncated)
+
+
+def completion_mask(completion_ids, eos_ids):
+    """True for the tokens of a completion that count: up to and including the first EOS. (N, T) -> bool.
+
+    With EOS = 9:  [5, 6, 9, 9] -> [1, 1, 1, 0];  [5, 6, 7, 8] -> [1, 1, 1, 1];  [9, 9] -> [1, 0].
+
+    TRAP: many tokenizers pad with the EOS token. A mask by value (`!= pad_id`) then hides the EOS
+    itself, and the model never learns to stop. So by position (test_eos_token_is_trained).
+    """
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=completion_ids.device)
+    is_eos = torch.isin(completion_ids, eos).long()
+    eos_before = is_eos.cumsum(dim=1) - is_eos   # (N, T) how many EOS stand before this token
+    return eos_before == 0
+
+
+# ----------------------------------------------------------------------------------------------------
+# 2. Log-probabilities: log pi(o_t | q, o_<t)
+# ----------------------------------------------------------------------------------------------------
+
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
+    """Log-prob of every completion token under `model`, and the entropy it was drawn with.
+
+    prompt_ids, prompt_mask: (N, P), already repeated to one row per completion; completion_ids, mask:
+    (N, T); temperature: that of the sampling. Returns (logp, entropy), both (N, T), in nats, at least
+    float32, 0 where mask is false; only logp carries a gradient. Raises ValueError for temperature <= 0.
+
+    With a vocabulary of 150,000 the logits are a thousand times larger than everything around them. So
+    only the tokens that count reach the vocabulary head, HEAD_CHUNK of them at a time, and each chunk's
+    logits are thrown away and computed again in the backward pass: no (N, T, V) tensor ever exists.
+    """
+    # TRAP: samples drawn at T = 0.7 and scored at T = 1 are off-policy from the first step on
+    # (test_rescored_logprobs_equal_the_samplers).
+    if temperature <= 0:
+        raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
+    T = completion_ids.shape[1]
+    # The token at position s is predicted at s - 1, so the last token is no input: S = P + T - 1.
+    # Padding behind a completion needs no masking out: causal attention never looks ahead.
+    attention_mask = torch.cat([prompt_mask.long(), torch.ones_like(completion_ids)], dim=1)[:, :-1]
+    inputs = dict(input_ids=torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1], attention_mask=attention_mask,
+                  position_ids=position_ids(attention_mask), use_cache=False)
+    targets = completion_ids[mask]                                              # (M,) M tokens that count
+    if head_is_plain(model):
+        hidden = model.base_model(**inputs).last_hidden_state[:, -T:][mask]     # (M, D)
+        head = model.get_output_embeddings()
+        chunks = [checkpoint(_logp_and_entropy, head, h, y, temperature, use_reentrant=False)
+                  for h, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
+        values, entropies = (torch.cat(parts) for parts in zip(*chunks))        # (M,), (M,)
+    else:
+        logits = model(**inputs, logits_to_keep=T).logits[:, -T:][mask]         # (M, V)
+        values, entropies = _logp_and_entropy(torch.nn.Identity(), logits, targets, temperature)
+    zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
+    return zeros.masked_scatter(mask, values), zeros.masked_scatter(mask, entropies)
+
+
+def _logp_and_entropy(head, hidden, targets, temperature):
+    logits = head(hidden)                                                       # (m, V)
+    # TRAP: the softmax must not stay in bf16 (see sample_token); float64 stays float64.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
+    entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)                # (m,)
+    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+
+
+@torch.no_grad()
+def head_is_plain(model):
+    """Whether `get_output_embeddings()` of the base model's output is all there is to the model's logits.
+
+    True for Llama, Qwen or GPT-2. Granite and Cohere scale their logits, Gemma 2 caps them: for those
+    the head applied by hand is another model. To find out, a hook makes the head answer with numbers
+    that we know, and we look whether they leave the model untouched, and whether what went into the
+    head is what the base model put out. Asked once, then remembered on the model.
+    """
+    if hasattr(model, "_head_is_plain"):
+        return model._head_is_plain
+    head, seen = model.get_output_embeddings(), {}
+
+    def answer(module, inputs, output):
+        known = torch.arange(output.shape[-1], device=output.device) % 17 * 8.0 - 64   # -64 ... 64
+        seen["hidden"], seen["logits"] = inputs[0], known.to(output.dtype)
+        return seen["logits"].expand_as(output)
+
+    model._head_is_plain = False
+    if head is not None and model.base_model is not model:
+        ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
+        handle = head.register_forward_hook(answer)
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0, -1]
+        finally:
+            handle.remove()
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        model._head_is_plain = (torch.equal(logits, seen["logits"].to(logits.dtype))
+                                and torch.allclose(hidden[:, -1], seen["hidden"][:, -1], rtol=1e-3, atol=1e-5))
+    return model._head_is_plain
+
+
+# ----------------------------------------------------------------------------------------------------
+# 3. Advantages
+# ----------------------------------------------------------------------------------------------------
+
+def outcome_advantages(rewards, scale="std"):
+    """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
+
+    rewards (B, G) -> advantages (B, G); every token of a completion gets the same one. This group mean
+    is what stands in for the value model of PPO. scale="none" leaves the division out, so that easy
+    and hard questions are not blown up (Dr. GRPO, arXiv 2503.20783).
+    Raises ValueError for another scale, or a group of one, which has nothing to be compared with.
+
+    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]   (less 0.02%, for the added 1e-4)
+    [1, 1, 1, 1] -> [0, 0, 0, 0]: all right or all wrong teaches nothing
+    """
+    if rewards.dim() != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards must be (B, G) with G at least 2, not {tuple(rewards.shape)}")
+    if scale not in ("std", "none"):
+        raise ValueError(f'scale must be "std" or "none", not "{scale}"')
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
+    # TRAP: mean and std are those of the row, the question's own group, never of the batch
+    # (test_groups_do_not_mix).
+    advantages = rewards - rewards.mean(dim=1, keepdim=True)
+    if scale == "std":
+        advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
+    # TRAP: rewards equal but for float noise would be divided by that noise, and become +-1.
+    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
+    return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
+
+
+# ----------------------------------------------------------------------------------------------------
+# 4. The objective
+# ----------------------------------------------------------------------------------------------------
+
+def kl_estimate(logp, logp_ref):
+    """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
+
+    It is 0 where the two agree and positive elsewhere: for pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307.
+    Its mean over samples from pi is KL(pi || pi_ref): that is what "unbiased" means in the paper. Its
+    gradient is another matter: as a loss on such samples it has the gradient of KL(pi_ref || pi).
+    """
+    # PAPER: eq. 4 has no clamp. Without one, a token of log-ratio 100 makes the whole step inf or nan.
+    log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return torch.expm1(log_ratio) - log_ratio   # expm1(x) is exp(x) - 1, exact for small x
+
+
+def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
+    """min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token, to be maximised: eq. 3.
+
+    All arguments (N, T) or broadcast to it; ratio = pi/pi_old. The gradient by cases, for eps = 0.2:
+
+              ratio < 0.8     0.8 ... 1.2     ratio > 1.2
+      A > 0   ratio * A       ratio * A       0             good enough, leave it
+      A < 0   0               ratio * A       ratio * A     bad enough already, leave it
+
+    TRAP: it is min for both signs of A. With max for A < 0 a bad token that grew likelier gets no
+    gradient (test_gradient_of_the_surrogate_by_cases).
+    """
+    # PAPER: eq. 3 has no clamp; the same reason as in kl_estimate, since inf * 0 is nan.
+    ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
+    return torch.min(ratio * advantages, clipped_ratio * advantages)
+
+
+def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
+    """What the sum over all completions is divided by, as a float. mask: (N, T). See `grpo_loss`.
+
+    Rows without any token (taken out of the loss by the caller) do not count. At least 1.
+    Raises ValueError for an unknown aggregate, or "constant" without max_completion_tokens.
+    """
+    rows = mask.any(dim=1).sum().item()
+    if aggregate == "sequence":      # the paper: 1/G * sum_i 1/|o_i| * sum_t
+        return float(max(rows, 1))
+    if aggregate == "token":         # DAPO, arXiv 2503.14476: every token weighs the same
+        return float(max(mask.sum().item(), 1))
+    if aggregate == "constant" and max_completion_tokens:   # Dr. GRPO: no reward for being short
+        return float(max(rows, 1) * max_completion_tokens)
+    raise ValueError(f'aggregate must be "sequence", "token", or "constant" with max_completion_tokens, not "{aggregate}"')
+
+
+def masked_mean(values, mask):
+    """Mean over the tokens that count: (N, T), (N, T) -> a scalar, 0 if there are none."""
+    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_high=0.2, kl_beta=0.04,
+              aggregate="sequence", max_completion_tokens=None, denominator=None):
+    """The GRPO loss: eq. 3 with its sign turned, since optimizers minimise.
+
+      J = 1/G * sum_i  1/|o_i| * sum_t { min(ratio * A, clip(ratio) * A) - beta * KL[i,t] }
+
+    logp, logp_old, logp_ref, mask: (N, T); logp_ref may be None if kl_beta is 0. advantages: (N,), (N, 1)
+    or (N, T). aggregate: "sequence" as above, "token" or "constant" (see `loss_denominator`).
+    Returns (loss, diagnostics): a scalar, and means over this call's tokens as detached scalars: kl,
+    and clip_share, the share of tokens whose gradient the clip took away.
+    Raises ValueError if the KL term lacks its reference or the shapes do not fit.
+
+    TRAP: cut into micro-batches, each must be divided by the denominator of the whole batch, passed in
+    as `denominator`, and the losses summed; a mean of means depends on the cut
+    (test_micro_batches_change_nothing).
+
+    At pi_old = pi, as in the first update after sampling, every ratio is 1 and the advantages of a group
+    sum to 0. So the loss prints as 0 (plus the KL term). That is no bug: its gradient is not 0, it is
+    1/|o_i| * (A + beta * (pi_ref/pi - 1)) * grad log pi, eq. 20 and 21.
+    """
+    if kl_beta and logp_ref is None:
+        raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")
+    if advantages.dim() == 1:
+        advantages = advantages[:, None]                                        # (N,) -> (N, 1)
+    if logp.shape != mask.shape or advantages.shape[0] != mask.shape[0] or advantages.shape[1] not in (1, mask.shape[1]):
+        raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, advantages {tuple(advantages.shape)}, "
+                         f"mask {tuple(mask.shape)}")
+    # TRAP: padding goes out before the arithmetic, not after: 0 * inf and 0 * nan are nan.
+    logp, logp_old = logp.masked_fill(~mask, 0.0), logp_old.masked_fill(~mask, 0.0)
+
+    objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)   # (N, T)
+    diagnostics = {}
+    if logp_ref is not None:
+        kl = kl_estimate(logp, logp_ref.masked_fill(~mask, 0.0))                # (N, T)
+        diagnostics["kl"] = masked_mean(kl.detach(), mask)
+        objective = objective - kl_beta * kl
+    objective = objective.masked_fill(~mask, 0.0)
+
+    per_completion = objective.sum(dim=1)                                       # (N,) the sum over t
+    if aggregate == "sequence":
+        per_completion = per_completion / mask.sum(dim=1).clamp(min=1)          # times 1/|o_i|
+    if denominator is None:
+        denominator = loss_denominator(mask, aggregate, max_completion_tokens)
+
+    ratio = (logp - logp_old).detach().exp()
+    too_far = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    diagnostics["clip_share"] = masked_mean(too_far.to(logp.dtype), mask)
+    return -per_completion.sum() / denominator, diagnostics
