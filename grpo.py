@@ -34,14 +34,12 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
-EQUAL_REWARDS = 1e-6   # rewards closer together than this count as equal (0.1 + 0.2 against 0.3)
+EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 against 0.3)
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
 HEAD_CHUNK = 1024      # tokens that go through the vocabulary head at a time
 
 
-# ----------------------------------------------------------------------------------------------------
-# 1. Grouped sampling
-# ----------------------------------------------------------------------------------------------------
+# --- 1. Grouped sampling ----------------------------------------------------------------------------
 
 class Samples(NamedTuple):
     """What `sample_groups` returns: N = B * group_size rows, question-major."""
@@ -93,21 +91,12 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     trained. This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
     """
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
-        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be at least 1 "
-                         f"and temperature ({temperature}) at least 0")
+        raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be "
+                         f"at least 1, temperature ({temperature}) at least 0")
+    N, device, prompt_mask = len(prompt_ids) * group_size, prompt_ids.device, prompt_mask.long()
+    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     was_training = model.training
     model.eval()   # TRAP: activation checkpointing in train() mode would turn the KV cache off
-    try:
-        return _sample_groups(model, prompt_ids, prompt_mask.long(), group_size, max_new_tokens,
-                              eos_ids, pad_id, temperature, generator)
-    finally:
-        model.train(was_training)
-
-
-def _sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
-                   temperature, generator):
-    N, device = len(prompt_ids) * group_size, prompt_ids.device
-    eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
 
     # The prompts, once. Only the logits of their last position are needed: (B, V).
     out = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask),
@@ -143,6 +132,7 @@ def _sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, e
         logits = out.logits[:, -1]
         position = position + 1
 
+    model.train(was_training)
     T = t + 1
     truncated = torch.zeros(N, dtype=torch.bool, device=device)
     truncated[rows] = True                  # whoever still runs was cut off by the limit
@@ -164,9 +154,7 @@ def completion_mask(completion_ids, eos_ids):
     return eos_before == 0
 
 
-# ----------------------------------------------------------------------------------------------------
-# 2. Log-probabilities: log pi(o_t | q, o_<t)
-# ----------------------------------------------------------------------------------------------------
+# --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
 
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
     """Log-prob of every completion token under `model`, and the entropy it was drawn with.
@@ -244,9 +232,7 @@ def head_is_plain(model):
     return model._head_is_plain
 
 
-# ----------------------------------------------------------------------------------------------------
-# 3. Advantages
-# ----------------------------------------------------------------------------------------------------
+# --- 3. Advantages ----------------------------------------------------------------------------------
 
 def outcome_advantages(rewards, scale="std"):
     """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
@@ -274,9 +260,7 @@ def outcome_advantages(rewards, scale="std"):
     return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
 
 
-# ----------------------------------------------------------------------------------------------------
-# 4. The objective
-# ----------------------------------------------------------------------------------------------------
+# --- 4. The objective -------------------------------------------------------------------------------
 
 def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
@@ -295,9 +279,9 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
 
     All arguments (N, T) or broadcast to it; ratio = pi/pi_old. The gradient by cases, for eps = 0.2:
 
-              ratio < 0.8     0.8 ... 1.2     ratio > 1.2
-      A > 0   ratio * A       ratio * A       0             good enough, leave it
-      A < 0   0               ratio * A       ratio * A     bad enough already, leave it
+              ratio < 0.8    0.8 ... 1.2    ratio > 1.2
+      A > 0   ratio * A      ratio * A      0              (good enough now: leave it)
+      A < 0   0              ratio * A      ratio * A      (on the left, bad enough now)
 
     TRAP: it is min for both signs of A. With max for A < 0 a bad token that grew likelier gets no
     gradient (test_gradient_of_the_surrogate_by_cases).
@@ -321,7 +305,8 @@ def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
         return float(max(mask.sum().item(), 1))
     if aggregate == "constant" and max_completion_tokens:   # Dr. GRPO: no reward for being short
         return float(max(rows, 1) * max_completion_tokens)
-    raise ValueError(f'aggregate must be "sequence", "token", or "constant" with max_completion_tokens, not "{aggregate}"')
+    raise ValueError('aggregate must be "sequence", "token", or "constant" with max_completion_tokens, '
+                     f'not "{aggregate}"')
 
 
 def masked_mean(values, mask):
@@ -353,9 +338,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
         raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")
     if advantages.dim() == 1:
         advantages = advantages[:, None]                                        # (N,) -> (N, 1)
-    if logp.shape != mask.shape or advantages.shape[0] != mask.shape[0] or advantages.shape[1] not in (1, mask.shape[1]):
-        raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, advantages {tuple(advantages.shape)}, "
-                         f"mask {tuple(mask.shape)}")
+    if logp.shape != mask.shape or advantages.shape not in (mask.shape, mask.shape[:1] + (1,)):
+        raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, mask {tuple(mask.shape)}, "
+                         f"advantages {tuple(advantages.shape)}")
     # TRAP: padding goes out before the arithmetic, not after: 0 * inf and 0 * nan are nan.
     logp, logp_old = logp.masked_fill(~mask, 0.0), logp_old.masked_fill(~mask, 0.0)
 

@@ -1,10 +1,10 @@
 """Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath, outcome supervision.
 
-    python train.py                                            a tiny model on built-in problems, on a CPU
-    python train.py --model Qwen/Qwen2.5-0.5B-Instruct         a real model on GSM8K, on one GPU
+    python train.py                                        a tiny model on built-in problems, on a CPU
+    python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
 
-Both take the same path through this file: options, models, (supervised warm-up), evaluation before, the
-three loops of Algorithm 1 in `train`, evaluation after. A run writes a folder that transformers can load.
+Both take the same way through this file: options, models, (supervised warm-up), evaluation before, the
+three loops of Algorithm 1 in `train`, evaluation after. A run is a folder that transformers can load.
 """
 
 import copy
@@ -19,115 +19,115 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (IN_TERMS, InputError, Parser, build_prompt, decode, default_request, eos_token_ids, evaluate,
-                  free_path, load_model, load_problems, pad_prompts, pick_device, run_cli, score_table, versions)
-from grpo import grpo_loss, loss_denominator, outcome_advantages, sample_groups, token_logprobs
-from reward import accuracy_reward
+from eval import (REQUESTS, VERSIONS, InputError, Parser, build_prompt, encode_prompts, evaluate, free_path,
+                  load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
+from grpo import EQUAL_REWARDS, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
+from reward import MATH_REQUEST, accuracy_reward
 
 
-# --- Options: one dataclass, one dict, one place for every default ------------------------------------
+# --- 1. Options: one dataclass, and one dict of what differs for the built-in problems ---------------
 
 def opt(default, help, least=None, above=None, choices=None, group=None):
-    """A field of Config: default, one line of help, bounds; `group` opens a new group in --help."""
+    """A field of Config: its default, a line of help, its bounds; `group` starts a new group in --help."""
     return dataclasses.field(default=default, metadata=dict(
         help=help, least=least, above=above, choices=choices, group=group))
 
 
 @dataclasses.dataclass
 class Config:
-    model: str = opt("", "folder or hub name; empty: a tiny model made on the spot", group="what")
+    model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
     problems: str = opt("gsm8k", "arithmetic, gsm8k, or a JSON-lines file")
-    request: str = opt(None, "what follows each question (default: that of the problems)")
-    out: str = opt("", "folder of the run (default: the next free runs/<problems>-<seed>)")
-    seed: int = opt(0, "same seed, same CPU: same numbers", least=0)
+    request: str = opt(None, "what follows each question; none: as usual for the problems")
+    out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
+    seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
 
     questions: int = opt(32, "questions per step, B", least=1, group="sampling")
-    group_size: int = opt(8, "completions per question, G (paper: 64)", least=2)
+    group_size: int = opt(8, "completions per question, G; they are compared with each other (paper: 64)", least=2)
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
-    temperature: float = opt(1.0, "of the sampling; log-probs are those of logits / T", above=0)
+    temperature: float = opt(1.0, "of the sampling, and of the log-probs; greedy samples would be all alike", above=0)
 
-    iterations: int = opt(1, "times that the reference is renewed, I", least=1, group="algorithm")
+    iterations: int = opt(1, "how often the reference is renewed, I", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
     mu: int = opt(1, "updates on the same samples (paper: 1)", least=1)
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 loads no reference", least=0)
-    clip_low: float = opt(0.2, "the ratio is clipped at 1 - this", above=0)
-    clip_high: float = opt(0.2, "the ratio is clipped at 1 + this (DAPO: 0.28)", above=0)
-    scale_rewards: str = opt("std", "std, or none for Dr. GRPO", choices=("std", "none"))
-    aggregate: str = opt("sequence", "mean over completions (paper), tokens (DAPO) or a constant (Dr. GRPO)",
-                         choices=("sequence", "token", "constant"))
+    clip_low: float = opt(0.2, "the ratio is clipped below 1 - this", least=0)
+    clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", least=0)
+    scale_rewards: str = opt("std", "divide by the group's std (paper), or none (Dr. GRPO)", choices=("std", "none"))
+    aggregate: str = opt("sequence", "mean over completions: sequence (paper); over all tokens: token (DAPO); "
+                         "by a constant: constant (Dr. GRPO)", choices=("sequence", "token", "constant"))
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
-    shuffle_rewards: bool = opt(False, "control experiment: shuffle rewards within each group")
+    shuffle_rewards: bool = opt(False, "control experiment: shuffle the rewards within each group")
 
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)", above=0, group="optimizer")
-    lr_warmup: int = opt(5, "steps until the learning rate is reached", least=0)
-    lr_end: float = opt(1.0, "share of the learning rate left at the last step; it falls linearly", least=0)
+    lr_warmup: int = opt(5, "steps in which the learning rate rises", least=0)
+    lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
     weight_decay: float = opt(0.0, "of AdamW", least=0)
-    max_grad_norm: float = opt(1.0, "gradients are scaled down to this norm", above=0)
+    max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
     micro_tokens: int = opt(16384, "tokens per forward pass of the update", least=1)
-    activation_checkpointing: bool = opt(False, "less memory for a slower update")
+    activation_checkpointing: bool = opt(False, "less memory, slower update")
 
-    sft_steps: int = opt(0, "steps of supervised warm-up on worked solutions", least=0, group="warm-up")
+    sft_steps: int = opt(0, "steps of supervised warm-up on worked solutions", least=0, group="supervised warm-up")
     sft_batch: int = opt(32, "solutions per step", least=1)
-    sft_lr: float = opt(1e-5, "learning rate; rises, then falls linearly to 0", above=0)
+    sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
 
-    eval_problems: str = opt("", "held-out problems (default: the set's own; of a file, a tenth)", group="evaluation")
-    eval_limit: int = opt(200, "at most so many problems", least=1)
+    eval_problems: str = opt("", "held-out problems; none: the set's own, or a tenth of a file", group="evaluation")
+    eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
 
 
-# What differs for the built-in problems (--problems arithmetic, or no --model). A model of 200,000
-# parameters wants a larger learning rate than one of 500 million.
+# What differs for the built-in problems. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
                sft_steps=800, sft_lr=6e-3, eval_every=20, show_every=20)
 
 
 def parse_config(argv):
-    """Config from the command line: what is given, else BUILTIN if it applies, else the default. Raises InputError."""
-    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    """Config of a command line: what is given, else BUILTIN where it applies, else the default. Raises InputError."""
+    parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     for field in dataclasses.fields(Config):
         meta, flag = field.metadata, "--" + field.name.replace("_", "-")
         if meta["group"]:
             group = parser.add_argument_group(meta["group"])
-        text = f"{meta['help']} [{field.default}" if field.default not in ("", None) else meta["help"] + " ["
-        text = (text + (f"; built-in: {BUILTIN[field.name]}" if field.name in BUILTIN else "") + "]").replace(" []", "")
+        text = f"{meta['help']} [{'none' if field.default in ('', None) else field.default}"
+        text += f"; built-in: {BUILTIN[field.name]}]" if field.name in BUILTIN else "]"
         if field.type is bool:
             group.add_argument(flag, action="store_true", default=None, help=text)
         else:
-            group.add_argument(flag, type=field.type, choices=meta["choices"], metavar=field.name.upper(), help=text)
-    given = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
+            group.add_argument(flag, type=field.type, choices=meta["choices"], metavar="X", help=text)
+    given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
 
-    builtin = not given.get("model") or given.get("problems") == "arithmetic"
-    if not given.get("model") and given.get("problems", "arithmetic") != "arithmetic":
-        raise InputError("the tiny built-in model knows only arithmetic: name a --model for --problems " + given["problems"])
-    trained = {"sft_steps": 0} if given.get("model") else {}   # a model that is given needs no warm-up
-    config = Config(**{**(BUILTIN if builtin else {}), **trained, **given})
+    model, problems = given.get("model"), given.get("problems")
+    if not model and problems not in (None, "arithmetic"):
+        raise InputError(f"the tiny built-in model knows only arithmetic: name a --model for --problems {problems}")
+    defaults = BUILTIN if problems == "arithmetic" or not model else {}
+    if model:   # it has been warmed up already
+        defaults = {**defaults, "sft_steps": 0}
+    config = Config(**{**defaults, **given})
     for field in dataclasses.fields(Config):
         value, least, above = getattr(config, field.name), field.metadata["least"], field.metadata["above"]
-        for wrong, bound in ((least is not None and not value >= least, f"at least {least}"),
-                             (above is not None and not above < value < math.inf, f"above {above}")):
-            if wrong:
-                raise InputError(f"--{field.name.replace('_', '-')} must be {bound}, not {value}: {field.metadata['help']}")
+        if least is not None and not least <= value < math.inf or above is not None and not above < value < math.inf:
+            bound = f"at least {least}" if above is None else f"above {above}"
+            raise InputError(f"--{field.name.replace('_', '-')} must be {bound}, not {value} ({field.metadata['help']})")
     if config.request is None:
-        config.request = default_request(config.problems)
+        config.request = REQUESTS.get(config.problems, MATH_REQUEST)
     return config
 
 
-# --- The tiny model of the default run ---------------------------------------------------------------
+# --- 2. The model and the problems ------------------------------------------------------------------
 
 def make_tiny_model(seed, device):
-    """(model, tokenizer): a Llama of 200,000 random parameters that knows numbers, signs and \\boxed{}."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, decoders
-    words = ["<pad>", "<end>", "<user>", "<assistant>", "<unk>", "\\boxed{", "}", "\n", "+", "-", "="]
+    """(model, tokenizer): a Llama of 210,000 random parameters that knows numbers, signs and \\boxed{}."""
+    words = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "\\boxed{", "}", "\n", "+", "-", "="]
     words += [str(number) for number in range(100)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[0-9]{1,2}|[\s\S]"), "isolated")
-    tokenizer.decoder = decoders.Fuse()   # joins the tokens without spaces
+    tokenizer.decoder = decoders.Fuse()   # joins tokens without spaces
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                         unk_token="<unk>", additional_special_tokens=["<user>", "<assistant>"])
     tokenizer.chat_template = (
@@ -136,202 +136,221 @@ def make_tiny_model(seed, device):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, tie_word_embeddings=True, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        max_position_embeddings=256, initializer_range=0.08, bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return model.to(device), tokenizer
 
 
-# --- Batches -----------------------------------------------------------------------------------------
+def gather_problems(config):
+    """(problems to train on, problems with solutions for the warm-up, {split: held-out problems})."""
+    arithmetic, file = config.problems == "arithmetic", config.problems not in ("arithmetic", "gsm8k")
+    problems = load_problems(config.problems, "train")
+    if config.eval_problems:
+        splits = ("in", "out") if config.eval_problems == "arithmetic" else ("test",)
+        held_out = {split: load_problems(config.eval_problems, split) for split in splits}
+    elif file:   # a user's own: a tenth of it is never trained on
+        problems = random.Random(config.seed).sample(problems, len(problems))
+        held_out = {"test": problems[:math.ceil(len(problems) / 10)][:config.eval_limit]}
+        problems = problems[len(held_out["test"]):]
+    else:
+        held_out = {split: load_problems(config.problems, split) for split in (("in", "out") if arithmetic else ("test",))}
+    # In the summary the first is always called "in", the domain of the training.
+    held_out = {"in" if split == "test" else split: rows[:config.eval_limit] for split, rows in held_out.items()}
+    worked = [p for p in (load_problems("arithmetic", "sft") if arithmetic else problems) if p.solution]
+    if not problems:
+        raise InputError(f"{config.problems} is too small to hold some problems out: add some, or give --eval-problems")
+    if config.sft_steps and not worked:
+        raise InputError(f"--sft-steps needs worked solutions, and {config.problems} has none: leave it out")
+    return problems, worked, held_out
+
+
+# --- 3. Batches, and the supervised warm-up ---------------------------------------------------------
 
 class Batch(NamedTuple):
-    """One step's completions, scored. N = B * G rows, question-major."""
+    """The completions of one step, N = B * G rows, question-major."""
     prompt_ids: torch.Tensor       # (N, P)
     prompt_mask: torch.Tensor      # (N, P)
     completion_ids: torch.Tensor   # (N, T)
-    mask: torch.Tensor             # (N, T) tokens that count
-    logp_sampler: torch.Tensor     # (N, T) what the sampler says of its own samples
+    mask: torch.Tensor             # (N, T) the tokens that count
+    logp_sampler: torch.Tensor     # (N, T) what the sampler says of its own tokens
     truncated: torch.Tensor        # (N,)
     rewards: torch.Tensor          # (B, G)
     advantages: torch.Tensor       # (N,)
-    texts: list                    # N completions
+    texts: list                    # N strings
 
 
 def micro_batches(prompt_mask, mask, limit):
-    """Cut N rows into lists of row numbers, each of at most `limit` tokens with its padding. Each row once.
+    """Cut N rows into lists of row numbers, of at most `limit` tokens each with their padding; every row once.
 
-    Sorted by length, so that long rows keep company and few tokens are padding.
+    Sorted by length, so that long rows are among themselves and few tokens are padding.
     """
     lengths = (prompt_mask.sum(dim=1) + mask.sum(dim=1)).tolist()
-    cuts, longest = [[]], 0
-    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        longest = max(longest, lengths[row])
-        if cuts[-1] and (len(cuts[-1]) + 1) * longest > limit:
+    cuts = [[]]
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if cuts[-1] and (len(cuts[-1]) + 1) * lengths[row] > limit:
             cuts.append([])
         cuts[-1].append(row)
     return cuts
 
 
 def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """`token_logprobs` of some rows, without the padding columns that none of them needs.
+    """`token_logprobs` of n of the rows, without padding columns that none of them needs.
 
-    Returns logp and entropy (n, t) and the mask (n, t), for n rows whose longest completion has t tokens.
+    Returns logp, entropy and mask, all (n, t), where t is the longest of these completions.
     """
-    P, t = prompt_mask[rows].sum(dim=1).max(), mask[rows].sum(dim=1).max()
-    return *token_logprobs(model, prompt_ids[rows, -P:], prompt_mask[rows, -P:], completion_ids[rows, :t],
-                           mask[rows, :t], temperature), mask[rows, :t]
+    p, t = prompt_mask[rows].sum(dim=1).max(), mask[rows].sum(dim=1).max()
+    mask = mask[rows, :t]
+    return *token_logprobs(model, prompt_ids[rows, -p:], prompt_mask[rows, -p:], completion_ids[rows, :t],
+                           mask, temperature), mask
 
 
 def learning_rate(step, steps, peak, warmup, end):
-    """Linear up to `peak` over `warmup` steps, then linear down to `end * peak` at the last of `steps`."""
+    """Of step 0, 1, ...: up linearly to `peak` in `warmup` steps, then down linearly to `end * peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 - (1 - end) * (step - warmup) / max(1, steps - 1 - warmup))
 
 
-def take_step(model, optimizer, lr, max_grad_norm):
-    """One optimizer step on the gradients that have been summed up; returns their norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
+def optimizer_step(optimizer, lr, max_grad_norm):
+    """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
+    (group,) = optimizer.param_groups
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    group["lr"] = lr
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    optimizer.zero_grad()
     return norm.item()
 
 
-def warm_up(model, tokenizer, problems, config, autocast):
-    """Supervised fine-tuning on worked solutions, cross-entropy on the completion only, as before RL in the paper."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, pad = random.Random(config.seed), tokenizer.pad_token_id
-    bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
+def warm_up(policy, tokenizer, problems, config, autocast):
+    """Supervised fine-tuning on worked solutions, before any reinforcement: cross-entropy on the completion."""
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    rng, bar = random.Random(config.seed), tqdm(range(config.sft_steps), desc="supervised warm-up")
     for step in bar:
         batch = rng.sample(problems, min(config.sft_batch, len(problems)))
-        prompt_ids, prompt_mask = pad_prompts(
-            [build_prompt(tokenizer, p.question, config.request) for p in batch], pad, model.device)
-        solutions = [tokenizer(p.solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id] for p in batch]
-        T = max(map(len, solutions))
-        completion_ids = torch.tensor([s + [pad] * (T - len(s)) for s in solutions], device=model.device)
-        mask = torch.arange(T, device=model.device) < torch.tensor([[len(s)] for s in solutions], device=model.device)
-        total = 0.0
+        prompt_ids, prompt_mask = encode_prompts(tokenizer, batch, config.request, policy.device)
+        solutions = [tokenizer(p.solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
+                     for p in batch]
+        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_tensors="pt").to(policy.device)
+        mask, total = padded.attention_mask.bool(), 0.0
         for rows in micro_batches(prompt_mask, mask, config.micro_tokens):
             with autocast():
-                logp, _, _ = score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, 1.0)
+                logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, padded.input_ids, mask, 1.0)
             loss = -logp.sum() / mask.sum()
             loss.backward()
             total += loss.item()
-        take_step(model, optimizer, learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0), config.max_grad_norm)
+        optimizer_step(optimizer, learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0), config.max_grad_norm)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
 
 
-# --- One step of GRPO --------------------------------------------------------------------------------
+# --- 4. One step of GRPO ----------------------------------------------------------------------------
 
-def sample_and_score(sampler, tokenizer, problems, config, generator, eos_ids):
-    """G completions for each of B problems, their rewards and advantages: the inner lines of Algorithm 1."""
-    prompts = [build_prompt(tokenizer, p.question, config.request) for p in problems]
-    prompt_ids, prompt_mask = pad_prompts(prompts, tokenizer.pad_token_id, sampler.device)      # (B, P)
-    samples = sample_groups(sampler, prompt_ids, prompt_mask, config.group_size, config.max_new_tokens,
-                            eos_ids, tokenizer.pad_token_id, config.temperature, generator)
-    texts = decode(tokenizer, samples)
+def sample_and_score(sampler, tokenizer, problems, config, generator):
+    """G completions for each of B problems, their rewards and their advantages."""
     G = config.group_size
-    rewards = torch.tensor([[accuracy_reward(text, problem.answer) for text in texts[i * G:(i + 1) * G]]
-                            for i, problem in enumerate(problems)])                             # (B, G)
+    with tqdm(total=config.max_new_tokens, desc="sampling", unit="token", delay=5, leave=False) as bar:
+        hook = sampler.register_forward_hook(lambda *_: bar.update())   # one forward pass is one token a row
+        prompt_ids, prompt_mask, samples, texts = sample_problems(
+            sampler, tokenizer, problems, config.request, G, config.max_new_tokens, config.temperature, generator)
+        hook.remove()
+    rewards = torch.tensor([accuracy_reward(text, problems[row // G].answer) for row, text in enumerate(texts)])
+    rewards = rewards.view(len(problems), G)                                       # (B, G)
     if config.shuffle_rewards:
-        rewards = torch.stack([row[torch.randperm(G)] for row in rewards])
-    advantages = outcome_advantages(rewards, config.scale_rewards).to(sampler.device)           # (B, G)
-    return Batch(prompt_ids.repeat_interleave(G, 0), prompt_mask.repeat_interleave(G, 0), samples.completion_ids,
-                 samples.mask, samples.logp, samples.truncated, rewards, advantages.flatten(), texts)
+        rewards = torch.stack([group[torch.randperm(G)] for group in rewards])
+    advantages = outcome_advantages(rewards, config.scale_rewards).flatten()       # (N,)
+    return Batch(prompt_ids.repeat_interleave(G, dim=0), prompt_mask.repeat_interleave(G, dim=0),
+                 samples.completion_ids, samples.mask, samples.logp, samples.truncated,
+                 rewards, advantages.to(sampler.device), texts)
 
 
-def update(policy, reference, optimizer, batch, config, lr, autocast):
-    """mu passes over one batch, each with one optimizer step. Returns metrics, averaged over all tokens.
+def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
+    """mu optimizer steps on one batch. Returns metrics, as means over all its tokens (and over the mu passes).
 
-    pi_old is the policy before the first optimizer step, so the first pass yields its log-probs for free.
+    cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. Until the first
+    optimizer step pi_theta is pi_old, so the first pass gives logp_old for free.
     """
-    loss_mask = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask
-    denominator = loss_denominator(loss_mask, config.aggregate, config.max_new_tokens)
-    cuts = micro_batches(batch.prompt_mask, batch.mask, config.micro_tokens)
-    inputs = batch[:4]
-    logp_old, logp_ref = [None] * len(cuts), [None] * len(cuts)
-    sums = dict.fromkeys(("kl", "clip_share", "entropy", "gap", "loss", "grad_norm"), 0.0)
-    policy.train()   # for activation checkpointing; dropout is 0, so nothing else depends on it
-    bar = tqdm(total=len(cuts) * config.mu, desc="update", delay=5, leave=False)
+    in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask
+    denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
+    tokens, tokens_in_loss = batch.mask.sum().item(), max(1, in_loss.sum().item())
+    means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
+    logp_old = [None] * len(cuts)
+    policy.train()   # activation checkpointing works only in train(); every dropout is 0
     for pass_number in range(config.mu):
-        for i, rows in enumerate(cuts):
-            if reference is not None and pass_number == 0:
-                with torch.no_grad():
-                    logp_ref[i] = score_rows(reference, rows, *inputs, config.temperature)[0]
+        for i, rows in enumerate(tqdm(cuts, desc="update", delay=5, leave=False)):
             with autocast():
-                logp, entropy, mask = score_rows(policy, rows, *inputs, config.temperature)     # (n, t)
+                logp, entropy, mask = score_rows(policy, rows, *batch[:4], config.temperature)   # (n, t)
             if pass_number == 0:
-                # PAPER: pi_old here is what the trainer computes for the sampled tokens, not what the
-                # sampler did. The two differ by rounding (in bf16 more), which is logged as the gap.
+                # PAPER: pi_old is what the trainer computes for the sampled tokens, not what the sampler
+                # said. The two differ by rounding, in bf16 visibly; the gap is logged.
                 logp_old[i] = logp.detach()
-                sums["gap"] += (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs().sum().item()
-                sums["entropy"] += entropy.sum().item()
-            in_loss = loss_mask[rows, :mask.shape[1]]
+                gap = (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs()
+                means["gap"] += gap.sum().item() / tokens
+                means["entropy"] += entropy.sum().item() / tokens
+            mask = in_loss[rows, :mask.shape[1]]
             loss, diagnostics = grpo_loss(
-                logp, logp_old[i], logp_ref[i], batch.advantages[rows], in_loss, config.clip_low, config.clip_high,
+                logp, logp_old[i], logp_ref[i], batch.advantages[rows], mask, config.clip_low, config.clip_high,
                 config.kl_beta, config.aggregate, config.max_new_tokens, denominator)
             loss.backward()
-            sums["loss"] += loss.item() / config.mu
+            means["loss"] += loss.item() / config.mu
             for name, value in diagnostics.items():
-                sums[name] += value.item() * in_loss.sum().item() / config.mu
-            bar.update()
-        sums["grad_norm"] += take_step(policy, optimizer, lr, config.max_grad_norm) / config.mu
-    bar.close()
+                means[name] += value.item() * mask.sum().item() / tokens_in_loss / config.mu
+        means["grad_norm"] += optimizer_step(optimizer, lr, config.max_grad_norm) / config.mu
     policy.eval()
-    for name, tokens in (("gap", batch.mask), ("entropy", batch.mask), ("kl", loss_mask), ("clip_share", loss_mask)):
-        sums[name] /= max(1, tokens.sum().item())
-    return sums
+    return means
 
 
-# --- The log -----------------------------------------------------------------------------------------
+# --- 5. The log -------------------------------------------------------------------------------------
 
-COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", kl="7.4f",
-               clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e", tok_s="7.0f",
-               t_sample="9.2f", t_update="9.2f", mem_gb="7.2f")
+COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f", kl="8.4f",
+               clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e", tok_s="8.0f",
+               t_sample="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
 
 
-def log_line(metrics):
-    return " ".join(format(metrics[name], spec) for name, spec in COLUMNS.items())
+def print_metrics(metrics):
+    if metrics["step"] % 20 == 1:
+        print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in COLUMNS.items()))
+    print(" ".join(format(metrics[name], spec) for name, spec in COLUMNS.items()), flush=True)
+    if metrics["truncated"] > 0.5:
+        print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?", flush=True)
+
+
+def clock(device):
+    """Seconds; on a GPU only after it has finished what was asked of it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def peak_memory(device):
-    """Largest memory so far in GB: allocated on the GPU, else resident of this process (0 where unknown)."""
+    """The largest memory so far in GB: allocated on a GPU, else that of the process (0 where unknown)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     try:
-        import resource
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-    except ImportError:   # Windows
+        import resource   # not on Windows
+    except ImportError:
         return 0.0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
-# --- Algorithm 1 -------------------------------------------------------------------------------------
+# --- 6. Algorithm 1 ---------------------------------------------------------------------------------
 
-def train(config, policy, tokenizer, problems, held_out, out, bf16):
-    """The three loops of Algorithm 1. Writes out/metrics.jsonl; returns the scores before and after."""
-    device = policy.device
-    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if bf16 else nullcontext
-    # The optimizer moves float32 weights. For sampling on a GPU there is a bf16 copy, renewed at each step.
+def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
+    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl; returns scores before and after."""
+    # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = copy.deepcopy(policy).to(torch.bfloat16) if bf16 else policy
-    if config.activation_checkpointing:
+    if config.activation_checkpointing:   # its name until transformers 5.22 comes second
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    generator = torch.Generator(device).manual_seed(config.seed)
-    rng, queue, eos_ids = random.Random(config.seed), [], eos_token_ids(policy, tokenizer)
-    total = config.iterations * config.steps
+    generator, rng = torch.Generator(policy.device).manual_seed(config.seed), random.Random(config.seed)
+    step, total, queue = 0, config.iterations * config.steps, []
 
+    @torch.no_grad()
     def renew_sampler():
-        if sampler is not policy:
-            with torch.no_grad():
-                for copied, weight in zip(sampler.parameters(), policy.parameters()):
-                    copied.copy_(weight)
+        for copied, weight in zip(sampler.parameters(), policy.parameters()) if bf16 else ():
+            copied.copy_(weight)
 
     def evaluate_now():
         renew_sampler()
-        return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens,
-                                config.eval_samples, config.temperature, config.seed)[0]
-                for split, rows in held_out.items()}
+        return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens, config.eval_samples,
+                                config.temperature, config.seed)[0] for split, rows in held_out.items()}
 
     def record(metrics):
         with open(out / "metrics.jsonl", "a") as file:
@@ -340,42 +359,48 @@ def train(config, policy, tokenizer, problems, held_out, out, bf16):
     before = after = evaluate_now()
     record({"step": 0, "eval": before})
     for split, scores in before.items():
-        print(f"before, {split}:\n{score_table(scores)}", flush=True)
-    step = 0
+        print(f"before, {split} of domain:\n{score_table(scores)}", flush=True)
+    if config.mu == 1:
+        print("the loss is about beta * kl, as advantages add up to 0 in a group; watch reward and grad_norm instead")
+
     for iteration in range(config.iterations):
         # pi_ref <- pi_theta
-        reference = copy.deepcopy(sampler).requires_grad_(False) if config.kl_beta else None
+        renew_sampler()
+        reference = copy.deepcopy(sampler) if config.kl_beta else None
         for _ in range(config.steps):
-            started = time.perf_counter()
-            if len(queue) < config.questions:   # every problem once before any comes again
-                queue += rng.sample(problems, len(problems)) * math.ceil(config.questions / len(problems))
-            batch_problems, queue = queue[:config.questions], queue[config.questions:]
-            # pi_old <- pi_theta; sample G completions for each question, score them
+            started = clock(policy.device)
+            while len(queue) < config.questions:   # every problem once, then every problem once more
+                queue += rng.sample(problems, len(problems))
+            questions, queue = queue[:config.questions], queue[config.questions:]
+            # pi_old <- pi_theta; G completions of each question, their rewards and advantages
             renew_sampler()
-            batch = sample_and_score(sampler, tokenizer, batch_problems, config, generator, eos_ids)
-            sampled = time.perf_counter()
+            batch = sample_and_score(sampler, tokenizer, questions, config, generator)
+            sampled = clock(policy.device)
+            cuts = micro_batches(batch.prompt_mask, batch.mask, config.micro_tokens)
+            with torch.no_grad():
+                logp_ref = [score_rows(reference, rows, *batch[:4], config.temperature)[0] if reference else None
+                            for rows in cuts]
+            referred = clock(policy.device)
             # mu updates on these samples
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
-            metrics = update(policy, reference, optimizer, batch, config, lr, autocast)
+            metrics = update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast)
             step += 1
 
-            spread = batch.rewards.amax(1) - batch.rewards.amin(1)
+            spread = batch.rewards.amax(dim=1) - batch.rewards.amin(dim=1)
             metrics.update(
-                step=step, iteration=iteration, reward=batch.rewards.mean().item(), lr=lr,
-                zero_var=(spread < 1e-6).float().mean().item(),
-                length=batch.mask.sum(1).float().mean().item(), truncated=batch.truncated.float().mean().item(),
+                step=step, iteration=iteration, lr=lr, reward=batch.rewards.mean().item(),
+                zero_var=(spread < EQUAL_REWARDS).float().mean().item(),
+                length=batch.mask.sum(dim=1).float().mean().item(), truncated=batch.truncated.float().mean().item(),
                 tok_s=batch.mask.sum().item() / (sampled - started), t_sample=sampled - started,
-                t_update=time.perf_counter() - sampled, mem_gb=peak_memory(device))
-            if step % 20 == 1:
-                print(" ".join(f"{name:>{int(float(spec[:-1]))}}" for name, spec in COLUMNS.items()))
-            print(log_line(metrics), flush=True)
+                t_ref=referred - sampled, t_update=clock(policy.device) - referred, mem_gb=peak_memory(policy.device))
+            print_metrics(metrics)
             if config.show_every and step % config.show_every == 0:
-                print(f"--- {batch_problems[0].question}   (gold: {batch_problems[0].answer})\n{batch.texts[0]}\n"
+                print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
                       f"--- reward {batch.rewards[0, 0]:.0f}, advantage {batch.advantages[0]:+.2f}", flush=True)
             if step == total or config.eval_every and step % config.eval_every == 0:
                 metrics["eval"] = after = evaluate_now()
-                print("  ".join(f"held out, {split}: greedy {s['greedy']:.3f}, sampled {s['sampled']:.3f}"
-                                for split, s in after.items()), flush=True)
+                for split, scores in after.items():
+                    print(f"held out, {split} of domain: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
             record(metrics)
     return before, after
 
@@ -386,74 +411,48 @@ def save(policy, tokenizer, folder):
 
 
 def main(argv):
-    started = time.time()
-    config = parse_config(argv)
-    # Everything that can be wrong with the input comes first; only then is anything written.
-    if config.out and Path(config.out).exists():
-        raise InputError(f"--out {config.out} exists already, and nothing is overwritten: name another folder")
-    problems, sft_problems, held_out = all_problems(config)
+    started, config = time.time(), parse_config(argv)
+    # Whatever can be wrong with the input is found out first; only then is anything written.
+    out = Path(config.out) if config.out else free_path(f"runs/{Path(config.problems).stem}-{config.seed}")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise InputError(f"--out {out} is not empty, and nothing is overwritten: name another folder")
+    problems, worked, held_out = gather_problems(config)
     device, bf16 = pick_device(config.device)
     torch.manual_seed(config.seed)
-    random.seed(config.seed)
-    if config.model:
-        policy, tokenizer = load_model(config.model, device)
-    else:
-        policy, tokenizer = make_tiny_model(config.seed, device)
-    longest = max(len(build_prompt(tokenizer, p.question, config.request))
-                  for rows in (problems, *held_out.values()) for p in rows)
-    room = getattr(policy.config, "max_position_embeddings", None) or math.inf
+    policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
+    longest = max(len(build_prompt(tokenizer, problem.question, config.request))
+                  for rows in (problems, *held_out.values()) for problem in rows)
+    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
     if longest + config.max_new_tokens > room:
-        raise InputError(f"the longest prompt has {longest} tokens; with --max-new-tokens {config.max_new_tokens} "
-                         f"that is more than the {room} positions of the model: lower --max-new-tokens")
+        raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
+                         f"so --max-new-tokens can be at most {room - longest}, not {config.max_new_tokens}")
 
-    out = Path(config.out) if config.out else free_path(f"runs/{Path(config.problems).stem}-{config.seed}")
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
-    (out / "run.json").write_text(json.dumps({"config": settings, "versions": versions(), "seed": config.seed}, indent=1))
+    (out / "run.json").write_text(json.dumps({
+        "command": [sys.executable, "train.py", *argv], "config": settings, "seed": config.seed, "versions": VERSIONS,
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; the run goes to {out}")
+    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if bf16 else nullcontext
     try:
         if config.sft_steps:
-            autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if bf16 else nullcontext
-            warm_up(policy, tokenizer, sft_problems, config, autocast)
+            warm_up(policy, tokenizer, worked, config, autocast)
             save(policy, tokenizer, out / "sft")
-        before, after = train(config, policy, tokenizer, problems, held_out, out, bf16)
+        before, after = train(config, policy, tokenizer, problems, held_out, out, autocast, bf16)
     except KeyboardInterrupt:
         save(policy, tokenizer, out)
-        print(f"\ninterrupted; the model as it is now is in {out}", file=sys.stderr)
+        print(f"\ninterrupted; the model as it was then is in {out}", file=sys.stderr)
         sys.exit(130)
     save(policy, tokenizer, out)
-    seconds = time.time() - started
-    (out / "summary.json").write_text(json.dumps(
-        {"before": before, "after": after, "seconds": seconds, "seed": config.seed, "config": settings}, indent=1))
+    seconds, K = time.time() - started, config.eval_samples
+    (out / "summary.json").write_text(json.dumps({"before": before, "after": after, "seconds": seconds,
+                                                  "seed": config.seed, "config": settings}, indent=1))
     for split in before:
-        for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
-            cells = [f"{s[name]:.3f} ({s[name + '_interval'][0]:.3f} - {s[name + '_interval'][1]:.3f})"
-                     for s in (before[split], after[split])]
+        for name in ("sampled", "greedy", f"maj@{K}", f"pass@{K}"):
+            cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
+                     for scores in (before[split], after[split])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved to {out} after {seconds:.0f} s; python eval.py --model {out} --problems {config.problems}")
-
-
-def all_problems(config):
-    """(problems to train on, problems with solutions for the warm-up, {split: held-out problems})."""
-    named = config.problems in ("arithmetic", "gsm8k")
-    problems = load_problems(config.problems, "train")
-    if config.eval_problems:
-        held_out = {"in": load_problems(config.eval_problems, "in" if config.eval_problems == "arithmetic" else "test")}
-    elif config.problems == "arithmetic":
-        held_out = {split: load_problems("arithmetic", split) for split in ("in", "out")}
-    elif named:
-        held_out = {"in": load_problems(config.problems, "test")}
-    else:   # a user's own file: hold a tenth of it out
-        problems = random.Random(config.seed).sample(problems, len(problems))
-        cut = min(config.eval_limit, math.ceil(len(problems) / 10))
-        problems, held_out = problems[cut:], {"in": problems[:cut]}
-    if not problems:
-        raise InputError(f"{config.problems} has too few problems to hold some out: add some, or name --eval-problems")
-    sft = load_problems("arithmetic", "sft") if config.problems == "arithmetic" else problems
-    sft = [p for p in sft if p.solution]
-    if config.sft_steps and not sft:
-        raise InputError(f"--sft-steps needs worked solutions, and {config.problems} has none: use --sft-steps 0")
-    return problems, sft, {split: rows[:config.eval_limit] for split, rows in held_out.items()}
+    print(f"saved after {seconds:.0f} s; to evaluate: python eval.py --model {out} --problems {config.problems}")
 
 
 if __name__ == "__main__":
