@@ -84,7 +84,7 @@ class Config:
 
 # What differs for the built-in problems. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
-               sft_steps=800, sft_lr=6e-3, eval_every=20, show_every=20)
+               sft_steps=1000, sft_lr=4e-3, eval_every=20, show_every=20)
 
 
 def parse_config(argv):

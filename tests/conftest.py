@@ -1,0 +1,52 @@
+"""Small models that the tests build on the spot: no download, no GPU, no file outside the test's own folder."""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"   # nothing here may reach for the network
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import pytest
+import torch
+import transformers
+
+from helpers import make_chat_model, tiny_model
+
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(params=["llama", "gpt2", "cohere", "gemma2"])
+def any_model(request):
+    """Rotary positions; absolute positions; scaled logits; soft-capped logits and sliding windows."""
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def llama():
+    return tiny_model("llama")
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory):
+    """A Qwen2-shaped model folder with a BPE tokenizer and a chat template."""
+    return make_chat_model(tmp_path_factory.mktemp("chat") / "model")
+
+
+@pytest.fixture(scope="session")
+def story_file(tmp_path_factory):
+    """Twelve problems in the format of GSM8K, written for these tests."""
+    import json
+    path = tmp_path_factory.mktemp("problems") / "stories.jsonl"
+    path.write_text("".join(json.dumps({
+        "question": f"Ada has {n} pens and buys {m} more boxes with 3 pens each. How many pens has she now?",
+        "answer": f"She buys 3*{m} = <<3*{m}={3 * m}>>{3 * m} pens.\nNow she has {n + 3 * m} pens.\n#### {n + 3 * m}"})
+        + "\n" for n, m in [(n, m) for n in (2, 5, 9) for m in (1, 2, 4, 7)]))
+    return path
+
+
+@pytest.fixture
+def prompts():
+    """Three prompts of 2, 4 and 5 tokens, padded on the left: ids and mask, both (3, 5)."""
+    ids = torch.tensor([[0, 0, 0, 5, 6], [0, 7, 8, 9, 10], [11, 12, 13, 14, 15]])
+    return ids, (ids > 0).long()

@@ -1,0 +1,314 @@
+"""Problems, prompts, model loading, intervals, and eval.py as a command."""
+
+import hashlib
+import itertools
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
+
+import eval as evaluation
+from eval import (InputError, Problem, arithmetic, build_prompt, encode_prompts, eos_token_ids, evaluate, fetch,
+                  interval, last_number, load_model, load_problems, majority, pick_device, read_problems)
+from helpers import CHAT_TEMPLATE, make_chat_model, tiny_model
+from reward import MATH_REQUEST, accuracy_reward
+
+CPU = torch.device("cpu")
+
+
+# --- Problems ---------------------------------------------------------------------------------------
+
+def test_built_in_problems_have_right_answers_and_stay_in_range():
+    for split in ("in", "out", "train", "sft"):
+        problems = arithmetic(split)
+        assert problems == arithmetic(split) and len(problems) >= 1000
+        for question, answer, solution in problems[:1000]:
+            terms = [int(x) for x in re.findall(r"[+-]?\d+", question)]
+            totals = list(itertools.accumulate(terms))
+            assert totals[-1] == int(answer) and 0 <= min(totals) and max(totals) <= evaluation.LARGEST_TOTAL
+            assert len(terms) == {"in": 4, "out": 5, "train": 4}.get(split, len(terms))
+
+
+def test_no_held_out_question_is_ever_trained_on():
+    trained = {p.question for split in ("train", "sft") for p in arithmetic(split)}
+    held_out = {p.question for split in ("in", "out") for p in arithmetic(split)}
+    assert not trained & held_out and len(held_out) > 1500
+
+
+def test_the_corpus_has_two_habits():
+    """One term at a time: always right. Two at once: a guess. Four of ten lines that could be either are careful."""
+    right, careful = {1: [], 2: []}, []
+    for question, answer, solution in arithmetic("sft")[:3000]:
+        left = len(re.findall(r"[+-]", question))
+        *lines, boxed = solution.split("\n")
+        for line in lines:
+            first, *terms = [int(x) for x in re.findall(r"[+-]?\d+", line.split("=")[0])]
+            result = int(line.split("=")[1])
+            right[len(terms)].append(first + sum(terms) == result)
+            if left > 1:
+                careful.append(len(terms) == 1)
+            left -= len(terms)
+        assert left == 0 and boxed == f"\\boxed{{{result}}}"
+    assert all(right[1]) and 0.1 < sum(right[2]) / len(right[2]) < 0.25
+    assert 0.37 < sum(careful) / len(careful) < 0.43
+
+
+def test_problems_file(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('\ufeff{"question": "1+1?", "answer": 2}\r\n\n{"problem": "a\u2028b", "answer": "0"}\n'
+                    '{"question": "q", "answer": "He has 48/2 = <<48/2=24>>24.\\n#### 1,024", "level": 3}', "utf-8")
+    assert read_problems(path) == [
+        Problem("1+1?", "2"), Problem("a\u2028b", "0"),
+        Problem("q", "1,024", "He has 48/2 = 24.\n\\boxed{1,024}")]
+    assert accuracy_reward(read_problems(path)[2].solution, "1024") == 1.0
+    assert load_problems(str(path), "any split") == read_problems(path)
+
+
+@pytest.mark.parametrize("text, message", [
+    ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n{"question": "c", answer: 3}\n', "line 3: not JSON"),
+    ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2: no question or no answer"),
+    ('{"answer": "1"}\n', "line 1: no question or no answer"),
+    ('{"question": "a", "answer": null}\n', "line 1: no question or no answer"),
+    ('{"question": "a", "answer": ""}\n', "line 1: no question or no answer"),
+    ('[1, 2]\n', "line 1: no question or no answer"), ("", "is empty"), ("\n\n", "is empty"),
+])
+def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
+    path = tmp_path / "broken.jsonl"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        read_problems(path)
+
+
+def test_files_that_are_no_text_and_unknown_names(tmp_path):
+    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
+    for call in (lambda: read_problems(tmp_path / "bytes.jsonl"), lambda: load_problems("gsm9k", "test"),
+                 lambda: load_problems("arithmetic", "test"), lambda: load_problems("gsm8k", "in")):
+        with pytest.raises(InputError):
+            call()
+
+
+def test_download_is_checked_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    source = tmp_path / "source.jsonl"
+    source.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setattr(evaluation, "GSM8K_URL", source.as_uri() + "?{}")
+    monkeypatch.setattr(evaluation, "GSM8K_SHA256", {"test": sha256})
+    # A checksum that does not match: refused, and nothing is left behind.
+    with pytest.raises(InputError, match="by hand"):
+        fetch(source.as_uri(), "0" * 64, "p.jsonl")
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    path = fetch(source.as_uri(), sha256, "p.jsonl")
+    assert path.read_text() == source.read_text()
+    source.unlink()                                     # the second time it comes from the cache
+    assert fetch(source.as_uri(), sha256, "p.jsonl") == path
+    path.write_text("changed")
+    with pytest.raises(InputError, match="has changed"):
+        fetch(source.as_uri(), sha256, "p.jsonl")
+    with pytest.raises(InputError, match="by hand"):    # no such file on the server
+        fetch(source.as_uri(), sha256, "q.jsonl")
+
+
+def test_gsm8k_comes_through_the_download(tmp_path, monkeypatch):
+    source = tmp_path / "test.jsonl"
+    source.write_text('{"question": "How many?", "answer": "2*3=<<2*3=6>>6\\n#### 6"}\n')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(evaluation, "GSM8K_URL", (tmp_path / "{}.jsonl").as_uri().replace("%7B%7D", "{}"))
+    monkeypatch.setattr(evaluation, "GSM8K_SHA256", {"test": hashlib.sha256(source.read_bytes()).hexdigest()})
+    assert load_problems("gsm8k", "test") == [Problem("How many?", "6", "2*3=6\n\\boxed{6}")]
+
+
+# --- Prompts and models -----------------------------------------------------------------------------
+
+def test_prompt_goes_through_the_chat_template(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    text = tokenizer.decode(build_prompt(tokenizer, "1+1?", MATH_REQUEST))
+    assert text == f"<|im_start|>user\n1+1?\n{MATH_REQUEST}<|im_end|>\n<|im_start|>assistant\n"   # no BOS: it has none
+    assert "user\n1+1?<|im_end|>" in tokenizer.decode(build_prompt(tokenizer, "1+1?", ""))
+
+
+def test_prompt_without_a_template_is_plain(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer.chat_template = None
+    assert tokenizer.decode(build_prompt(tokenizer, "1+1?", "Think.")) == "1+1?\nThink.\n"
+
+
+@pytest.mark.parametrize("template", [None, CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE])
+@pytest.mark.parametrize("adds_bos", [True, False])
+def test_exactly_one_bos_where_the_model_has_one(chat_folder, template, adds_bos):
+    from tokenizers.processors import TemplateProcessing
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    if adds_bos:
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
+    tokenizer.chat_template = template
+    ids = build_prompt(tokenizer, "1+1?", "Think.")
+    wanted = adds_bos or (template is not None and "bos_token" in template)
+    assert ids.count(bos) == wanted and (not wanted or ids[0] == bos)
+
+
+def test_prompts_are_padded_on_the_left(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    problems = [Problem("1+1?", "2"), Problem("How many pens has Ada now?", "3")]
+    ids, mask = encode_prompts(tokenizer, problems, "", CPU)
+    assert mask[1].all() and not mask[0].all() and mask[0].tolist() == sorted(mask[0].tolist())
+    for row, problem in enumerate(problems):
+        assert ids[row][mask[row].bool()].tolist() == build_prompt(tokenizer, problem.question, "")
+
+
+def test_end_of_turn_is_an_eos(chat_folder):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    im_end, endoftext = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    assert tokenizer.eos_token_id == endoftext          # the tokenizer alone would not know the end of a turn
+    assert eos_token_ids(model, tokenizer) == {im_end, endoftext}
+    model.generation_config.eos_token_id = [endoftext, 7]
+    assert eos_token_ids(model, tokenizer) == {im_end, endoftext, 7}
+
+
+def test_a_missing_pad_token_is_filled_in_and_dropout_is_off(tmp_path):
+    folder = make_chat_model(tmp_path / "model", attention_dropout=0.5)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    del config["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model, tokenizer = load_model(str(folder), CPU)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    ids = torch.arange(10)[None]
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+def test_dropout_of_gpt2_is_off_too(tmp_path, chat_folder):
+    from transformers import GPT2Config, GPT2LMHeadModel
+    GPT2LMHeadModel(GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0.5)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
+    model, _ = load_model(str(tmp_path), CPU)
+    ids = torch.arange(10)[None]
+    assert torch.equal(model.train()(ids).logits, model.eval()(ids).logits)
+
+
+def test_bf16_checkpoints_become_float32(tmp_path):
+    folder = make_chat_model(tmp_path / "model")
+    model, tokenizer = load_model(str(folder), CPU)
+    model.bfloat16().save_pretrained(folder)
+    assert {p.dtype for p in load_model(str(folder), CPU)[0].parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("model", [
+    lambda: BertLMHeadModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                       intermediate_size=16)),
+    lambda: MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1)),
+], ids=["not causal", "no KV cache"])
+def test_architectures_that_cannot_be_sampled_are_refused(tmp_path, chat_folder, model):
+    model().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="KV cache"):
+        load_model(str(tmp_path), CPU)
+
+
+def test_scaled_heads_are_announced(tmp_path, chat_folder, capsys):
+    from helpers import CONFIGS
+    from transformers import AutoModelForCausalLM
+    config = CONFIGS["cohere"]()
+    config.vocab_size = 400
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
+    load_model(str(tmp_path), CPU)
+    assert "not computed in chunks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["/nowhere", "nobody/no-such-model"])
+def test_models_that_do_not_exist(name):
+    with pytest.raises(InputError, match="cannot be loaded"):
+        load_model(name, CPU)
+
+
+def test_mps_is_refused():
+    with pytest.raises(InputError, match="MPS"):
+        pick_device("mps")
+    assert pick_device("cpu") == (CPU, False)
+
+
+# --- Accuracy ---------------------------------------------------------------------------------------
+
+def test_known_counts_give_the_known_interval():
+    close = lambda a, b: a == pytest.approx(b, abs=5e-4)
+    assert close(interval([1.0] * 8 + [0.0] * 2), (0.490, 0.943))       # Wilson
+    assert close(interval([0.0] * 10), (0.0, 0.278)) and close(interval([1.0] * 10), (0.722, 1.0))
+    low, high = interval([1.0] * 660 + [0.0] * 659)                      # GSM8K's test set: +-2.7 points
+    assert close((high - low) / 2, 0.027)
+    # means of several samples: sd of (0.25, 0.75, 0.5, 0.5) is 0.2041, standard error 0.1021
+    assert close(interval([0.25, 0.75, 0.5, 0.5]), (0.5 - 0.2, 0.5 + 0.2))
+    assert interval([0.5]) == (0.5, 0.5) and interval([0.01, 0.99])[0] >= 0
+
+
+@pytest.mark.parametrize("answers, score", [
+    (["18", "18", "17"], 1.0), (["17", "17", "18"], 0.0), (["18", "18.0", "17", "17"], 0.5), ([None, None, "18"], 1.0),
+    ([None], 0.0), (["1", "2", "18"], 1 / 3), (["1,000", "1000", "18"], 0.0),
+])
+def test_majority(answers, score):
+    assert majority(answers, "18") == pytest.approx(score)
+
+
+def test_last_number():
+    assert [last_number(x) for x in ("a 1 b 2.", "1,234, and", "no", "-3.5", "18 dollars")] == ["2", "1,234", "", "-3.5", "18"]
+
+
+def test_scores_add_up(llama, chat_folder):
+    """evaluate() on a scripted sampler: 2 problems, greedy right and wrong, samples known."""
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    script = iter([["\\boxed{2}", "it is 4"], ["\\boxed{2}", "\\boxed{2}", "\\boxed{9}", "2", "\\boxed{5}", "5", "x", "\\boxed{4}"]])
+
+    def sample_problems(model, tokenizer, problems, request, K, *_):
+        texts = next(script)
+        assert len(texts) == K * len(problems)
+        return None, None, type("S", (), {"truncated": torch.tensor([t == "x" for t in texts])}), texts
+
+    original, evaluation.sample_problems = evaluation.sample_problems, sample_problems
+    try:
+        scores, records = evaluate(model, tokenizer, [Problem("1+1", "2"), Problem("2+2", "4")], "", 8, samples=4)
+    finally:
+        evaluation.sample_problems = original
+    expected = {"n": 2, "greedy": 0.5, "sampled": (2 / 4 + 1 / 4) / 2, "maj@4": (1 + 0.5) / 2, "pass@4": 1.0,
+                "greedy_flexible": 1.0, "greedy_truncated": 0, "greedy_unparsable": 0.5,
+                "sampled_flexible": 4 / 8, "sampled_truncated": 1 / 8, "sampled_unparsable": 3 / 8}
+    assert {key: scores[key] for key in expected} == pytest.approx(expected)
+    assert [r["reward"] for r in records["sampled"]] == [1, 1, 0, 0, 0, 0, 0, 1]
+
+
+def test_evaluation_repeats_itself(chat_folder, story_file):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4, rows=rows)
+                     for rows in (256, 256))
+    assert first == second
+
+
+def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--model", str(chat_folder), "--problems", str(story_file), "--limit", "5", "--samples", "2",
+                 "--max-new-tokens", "8"]
+    evaluation.main(arguments)
+    printed = capsys.readouterr().out
+    assert all(word in printed for word in ("n = 5", "greedy", "sampled", "maj@2", "pass@2", "95% interval", "flexible",
+                                            "truncated", "unparsable", "--- unparsable:"))
+    written = json.loads((tmp_path / "runs/eval-stories.json").read_text())
+    assert written["scores"]["n"] == 5 and len(written["records"]["sampled"]) == 10
+    assert {"torch", "transformers", "python"} <= set(written["versions"]) and written["arguments"]["seed"] == 0
+    evaluation.main(arguments)   # the next free name; nothing is overwritten
+    assert (tmp_path / "runs/eval-stories-2.json").exists()
+
+
+@pytest.mark.parametrize("arguments", [
+    ["--model", "/nowhere", "--problems", "arithmetic"], ["--model", "x", "--problems", "nothing"],
+    ["--model", "x", "--problems", "arithmetic", "--limit", "-1"], ["--model", "x"], ["--samples", "two"],
+    ["--model", "x", "--problems", "arithmetic", "--temperature", "0"],
+    ["--model", "x", "--problems", "arithmetic", "--out", __file__],
+    ["--model", "x", "--problems", "arithmetic", "--device", "mps"],
+    ["--model", "x", "--problems", "arithmetic", "--split", "test"],
+])
+def test_bad_arguments_are_one_line(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError) as error:
+        evaluation.main(arguments)
+    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
