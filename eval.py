@@ -3,22 +3,18 @@
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
 
-train.py imports from here, so training and evaluation share prompts, sampler and grader, and "before" and
-"after" come from the same lines. Every accuracy stands beside its n and its 95% interval: with 200
-questions that is up to 7 points either way, which is more than many a reported gain.
+train.py imports from here, so training and evaluation share prompts, sampler and grader. Every accuracy
+stands beside its n and its 95% interval: with 200 questions, that is up to 7 points either way.
 """
 
 import argparse
 import hashlib
-import itertools
 import json
 import math
-import os
-import platform
 import random
 import re
 import sys
-import zlib
+import time
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -31,12 +27,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from grpo import head_is_plain, sample_groups, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward, extract_answer, is_equivalent
 
-
-VERSIONS = {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
 class InputError(Exception):
-    """Something that the user can mend; the text says what and how. Printed as one line, no traceback."""
+    """Something that the user can mend; the text says what and how. `run_cli` prints it as one line."""
 
 
 # --- 1. Problems ------------------------------------------------------------------------------------
@@ -49,12 +44,11 @@ class Problem(NamedTuple):
 
 LARGEST_TOTAL = 12       # running totals of the built-in problems stay within 0 ... 12
 ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
-    "sft": ((2, 3, 3, 4, 4, 5), 30_000, False),   # the corpus of the warm-up
-    "train": ((4,), 10_000, False),               # reinforcement learning
-    "in": ((4,), 1_000, True),                    # in domain: held out, as long as in training
-    "out": ((5,), 1_000, True),                   # out of domain: longer; in the corpus, never in RL
+    "sft": ((2, 3, 3, 4, 4, 5, 5, 6), 30_000, False),   # the corpus of the warm-up
+    "train": ((4, 5), 10_000, False),   # reinforcement learning
+    "in": ((4, 5), 1_000, True),        # in domain: held out, as long as in training
+    "out": ((6,), 1_000, True),         # out of domain: longer; in the corpus, never in RL
 }
-REQUESTS = {"arithmetic": ""}   # what follows each question; MATH_REQUEST for all other problems
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/"
              "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/{}.jsonl")
 GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
@@ -62,42 +56,37 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
 
 
 def arithmetic(split):
-    """The built-in problems: chains like "7+5-4+6", always the same ones. Returns a list of `Problem`.
+    """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
 
-    A worked solution goes line by line, and the corpus has two habits, chosen anew at every line. Four
-    times in ten it takes one term ("7+5=12") and gets it right; else it takes two at once ("7+5-4=9")
-    and guesses, within 3 of the truth. A model trained on it can compute but mostly does not: what
-    reinforcement learning has to find out is that the careful habit pays.
+    A worked solution goes line by line, and the corpus has two habits, chosen anew at every line: four
+    times in ten it takes one term ("7+5=12") and gets it right, else it takes two at once ("7+5-4=9")
+    and guesses, within 3 of the truth. A model trained on it can compute but mostly does not;
+    reinforcement learning has to find out that the careful habit pays.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
     rng, problems = random.Random(f"arithmetic {split}"), []
     while len(problems) < count:
-        numbers = [rng.randint(1, 9)]   # such as 7, +5, -4, +6
+        numbers = [rng.randint(1, 9)]   # such as 7, +5, -4, +3
         for _ in range(rng.choice(terms) - 1):
             total = sum(numbers)
             numbers.append(rng.choice([d for d in range(-9, 10) if d and 0 <= total + d <= LARGEST_TOTAL]))
         question = str(numbers[0]) + "".join(f"{d:+d}" for d in numbers[1:])
         # A fifth of all questions, by a hash of their text, is held out from training in every split.
-        if (zlib.crc32(question.encode()) % 5 == 0) == held_out:
-            problems.append(Problem(question, str(sum(numbers)), _worked_solution(numbers, rng)))
+        if (hashlib.sha256(question.encode()).digest()[0] % 5 == 0) != held_out:
+            continue
+        total, rest, solution = numbers[0], numbers[1:], ""
+        while rest:
+            take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
+            line, total = str(total) + "".join(f"{d:+d}" for d in rest[:take]), total + sum(rest[:take])
+            total = total if take == 1 else min(max(total + rng.randint(-3, 3), 0), LARGEST_TOTAL)
+            solution, rest = f"{solution}{line}={total}\n", rest[take:]
+        problems.append(Problem(question, str(sum(numbers)), f"{solution}\\boxed{{{total}}}"))
     return problems
-
-
-def _worked_solution(numbers, rng):
-    total, rest, text = numbers[0], numbers[1:], ""
-    while rest:
-        take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
-        text += str(total) + "".join(f"{d:+d}" for d in rest[:take])
-        total += sum(rest[:take])
-        if take == 2:
-            total = min(max(total + rng.randint(-3, 3), 0), LARGEST_TOTAL)
-        text, rest = f"{text}={total}\n", rest[take:]
-    return f"{text}\\boxed{{{total}}}"
 
 
 def fetch(url, sha256, name):
     """Path of a file in the user's cache directory, downloaded on first use. Raises InputError."""
-    path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "minimal-grpo" / name
+    path = Path(torch.hub.get_dir()) / "minimal-grpo" / name   # below ~/.cache
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():   # this writes a temporary file, checks it, and only then gives it the name
@@ -110,18 +99,13 @@ def fetch(url, sha256, name):
 
 
 def read_problems(path):
-    """Problems of a JSON-lines file with the fields question (or problem) and answer. Raises InputError.
-
-    An answer that holds "#### 72", as in GSM8K, is a solution, and the gold is what follows the mark.
-    """
+    """Problems of a JSON-lines file with the fields question (or problem) and answer. Raises InputError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
     problems = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for number, line in ((n, line) for n, line in enumerate(lines, start=1) if line.strip()):
         try:
             row, wrong = json.loads(line), "no question or no answer"
         except ValueError as error:
@@ -129,9 +113,10 @@ def read_problems(path):
         row = row if isinstance(row, dict) else {}
         question, answer = row.get("question", row.get("problem")), row.get("answer")
         if question in (None, "") or answer in (None, ""):
-            raise InputError(f'{path}, line {number}: {wrong}; a line is like {{"question": "1+1?", "answer": "2"}}')
+            raise InputError(f'{path}, line {number}: {wrong}; a line is like '
+                             '{"question": "1+1?", "answer": "2"}')
         solution, mark, gold = str(answer).rpartition("#### ")
-        if mark:   # drop the calculator notes, <<48/2=24>>, and mark the answer the way we ask for it
+        if mark:   # as in GSM8K: drop its calculator notes, <<48/2=24>>, and mark the answer as we ask for it
             solution = re.sub(r"<<[^<>]*>>", "", solution) + f"\\boxed{{{gold.strip()}}}"
         problems.append(Problem(str(question), gold.strip(), solution))
     if not problems:
@@ -155,14 +140,14 @@ def load_problems(name, split):
 
 def pick_device(name):
     """(torch.device, whether to use bf16 on it) for "auto", "cpu" or "cuda". Raises InputError."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name not in ("cpu", "cuda") or (name == "cuda" and not torch.cuda.is_available()):
+    cuda = torch.cuda.is_available()
+    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not cuda):
         raise InputError(f"--device {name} cannot be used here; take cpu, or cuda with a GPU (no MPS)")
-    bf16 = name == "cuda" and torch.cuda.get_device_capability() >= (8, 0)
-    if name == "cuda" and not bf16:
-        print("this GPU is older than sm80 and has no fast bf16: everything runs in float32")
-    return torch.device(name), bf16
+    if name == "cpu" or not cuda:
+        return torch.device("cpu"), False
+    bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    print("bf16 where it is safe" if bf16 else "this GPU is older than sm80: float32 everywhere")
+    return torch.device("cuda"), bf16
 
 
 def load_model(name, device):
@@ -181,35 +166,33 @@ def load_model(name, device):
         raise InputError(f"--model {name} cannot be loaded: {reason}") from error
     if tokenizer.eos_token_id is None:
         raise InputError(f"--model {name}: its tokenizer has no EOS token, so no completion could end")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token   # it only fills up: masks go by position, not by value
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
     model = model.to(device).eval()
-
     # Does it fit our sampler? Sample a few tokens, score them again, and see whether the two agree.
-    ids, mend = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device), "take one like Llama, Qwen or GPT-2"
+    ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
     try:
         samples = sample_groups(model, ids, ids > 0, 1, 4, eos_ids=[], pad_id=0, temperature=0)
         with torch.no_grad():
             logp, _ = token_logprobs(model, ids, ids > 0, samples.completion_ids, samples.mask, 1.0)
-        gap = (logp - samples.logp).abs().max().item()
-    except Exception as error:   # an unknown architecture may fail in any way; the reason is passed on
-        raise InputError(f"--model {name} does not run with a dynamic KV cache ({error!r}); {mend}") from error
-    if not gap < 1e-2:
-        raise InputError(f"--model {name} changes its log-probs by {gap:.2g} with a KV cache; {mend}")
+        reason = f"log-probs change by {(logp - samples.logp).abs().max():.2g}"
+        fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
+    except Exception as error:   # an unknown architecture may fail in any way
+        fits, reason = False, repr(error)
+    if not fits:
+        raise InputError(f"--model {name} cannot be sampled with a KV cache ({reason}); take one like Llama or Qwen")
     if not head_is_plain(model):
-        print(f"{name} rescales its logits, so its log-probs are not computed in chunks: that takes more memory")
+        print(f"{name} rescales its logits: its log-probs are not computed in chunks, which takes more memory")
     return model, tokenizer
 
 
 def eos_token_ids(model, tokenizer):
     """The set of ids that end a completion: the tokenizer's, the model's, and the template's end of turn.
 
-    TRAP: a chat model ends a turn with another token than a document. Knowing only one of them, every
-    completion runs to the limit (test_end_of_turn_is_an_eos).
+    TRAP: a chat model ends a turn with another token than a document. Whoever knows only one of them
+    lets every completion run to the limit (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
-    for config in (model.config, model.generation_config):
-        eos = getattr(config, "eos_token_id", None)
+    for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
         ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
     if tokenizer.chat_template:   # which special token does the template put behind an answer?
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
@@ -235,10 +218,19 @@ def build_prompt(tokenizer, question, request):
     return [bos] * wanted + ids
 
 
+def check_room(model, tokenizer, problems, request, max_new_tokens):
+    """Raises InputError if the longest prompt and a completion take more positions than the model has."""
+    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    longest = max(len(build_prompt(tokenizer, problem.question, request)) for problem in problems)
+    if longest + max_new_tokens > room:
+        raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
+                         f"so --max-new-tokens can be at most {room - longest}, not {max_new_tokens}")
+
+
 def encode_prompts(tokenizer, problems, request, device):
     """Prompts of B problems: ids and mask, both (B, P), padded on the left: completions start at column P."""
-    prompts = [build_prompt(tokenizer, problem.question, request) for problem in problems]
-    padded = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt").to(device)
+    prompts = {"input_ids": [build_prompt(tokenizer, problem.question, request) for problem in problems]}
+    padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
     return padded.input_ids, padded.attention_mask
 
 
@@ -256,8 +248,8 @@ def sample_problems(model, tokenizer, problems, request, group_size, max_new_tok
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
 
-    Wilson's if all scores are 0 or 1 (8 of 10: 0.490 to 0.943), else the mean -+ 1.96 standard errors.
-    The K samples of one question are not independent, so they are one score: n counts questions.
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943), else the mean -+ 1.96 standard errors. The K
+    samples of one question are not independent, so their mean is one score: n counts questions.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
     if set(scores) <= {0, 1}:
@@ -271,10 +263,9 @@ def interval(scores):
 def majority(answers, gold):
     """maj@K of one question: 1.0 if the most frequent answer is right, else 0.0; ties share; None is no vote."""
     groups = []   # lists of equivalent answers
-    for answer in answers:
-        if answer is not None:
-            group = next((group for group in groups if is_equivalent(answer, group[0])), None)
-            groups.append([answer]) if group is None else group.append(answer)
+    for answer in (answer for answer in answers if answer is not None):
+        group = next((group for group in groups if is_equivalent(answer, group[0])), None)
+        groups.append([answer]) if group is None else group.append(answer)
     winners = [group for group in groups if len(group) == max(map(len, groups))]
     return sum(is_equivalent(group[0], gold) for group in winners) / max(1, len(winners))
 
@@ -288,24 +279,24 @@ def last_number(text):
 def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0, rows=256):
     """Greedy accuracy, and that of K = `samples` samples each, `rows` completions at a time.
 
-    Returns (scores, records), both fit for JSON. scores: n, and for greedy, sampled (the mean of K), maj@K
-    and pass@K the value and its interval; for greedy and sampled also the shares of completions whose
-    last number is right (flexible), that hit the limit (truncated) or marked no answer (unparsable).
-    records: {"greedy": [...], "sampled": [...]}, one dict per completion, those of a problem in a row.
+    Returns scores: n, and for greedy, sampled (the mean of K), maj@K and pass@K the value and its interval;
+    for greedy and sampled also the shares of flexible (the last number is right), truncated and unparsable.
+    And records: {"greedy": [...], "sampled": [...]}, one dict per completion, those of a problem in a row.
     """
     scores, records = {"n": len(problems)}, {}
     for kind, K, heat in (("greedy", 1, 0.0), ("sampled", samples, temperature))[:1 + (samples > 0)]:
         generator = torch.Generator(model.device).manual_seed(seed)   # the same draws before and after
-        graded, at_once = [], max(1, rows // K)
+        graded, at_once = records.setdefault(kind, []), max(1, rows // K)
         for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
             batch = problems[start:start + at_once]
             _, _, drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens, heat, generator)
             for row, text in enumerate(texts):
-                question, gold, _ = batch[row // K]
-                answer = extract_answer(text)
+                (question, gold, _), answer = batch[row // K], extract_answer(text)
+                reward = accuracy_reward(text, gold)
+                verdict = "right" if reward else "unparsable" if answer is None else "wrong"
                 graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
-                               "reward": accuracy_reward(text, gold), "truncated": drawn.truncated[row].item(),
-                               "flexible": is_equivalent(last_number(text), gold), "unparsable": answer is None})
+                               "reward": reward, "verdict": verdict, "truncated": drawn.truncated[row].item(),
+                               "flexible": is_equivalent(last_number(text), gold)})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
         measures = {kind: [fmean(row["reward"] for row in group) for group in groups]}
         if kind == "sampled":
@@ -313,9 +304,9 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
             measures[f"pass@{K}"] = [max(row["reward"] for row in group) for group in groups]
         for name, values in measures.items():
             scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
-        for name in ("flexible", "truncated", "unparsable"):
-            scores[f"{kind}_{name}"] = fmean(row[name] for row in graded)
-        records[kind] = graded
+        scores[f"{kind}_flexible"] = fmean(row["flexible"] for row in graded)
+        scores[f"{kind}_truncated"] = fmean(row["truncated"] for row in graded)
+        scores[f"{kind}_unparsable"] = fmean(row["verdict"] == "unparsable" for row in graded)
     return scores, records
 
 
@@ -323,21 +314,11 @@ def score_table(scores):
     """The scores of `evaluate` as lines of text."""
     lines = [f"n = {scores['n']:<8}accuracy  95% interval    flexible  truncated  unparsable"]
     for name in [key.removesuffix("_interval") for key in scores if key.endswith("_interval")]:
-        low, high = scores[f"{name}_interval"]
-        lines.append(f"{name:<12}{scores[name]:>8.1%}  {low:>6.1%} - {high:<6.1%}")
-        if f"{name}_flexible" in scores:
+        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"]))
+        if name in ("greedy", "sampled"):
             lines[-1] += "{:>9.1%}{:>11.1%}{:>12.1%}".format(
                 *(scores[f"{name}_{share}"] for share in ("flexible", "truncated", "unparsable")))
     return "\n".join(lines)
-
-
-def transcripts(records):
-    """One right, one wrong and one unparsable completion, as far as there are any, as text."""
-    shown = {}
-    for row in itertools.chain(*records.values()):
-        kind = "right" if row["reward"] else "unparsable" if row["unparsable"] else "wrong"
-        shown.setdefault(kind, f"--- {kind}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
-    return "\n".join(shown.values())
 
 
 # --- 4. Command line --------------------------------------------------------------------------------
@@ -345,13 +326,6 @@ def transcripts(records):
 class Parser(argparse.ArgumentParser):
     def error(self, message):   # one line instead of the whole usage
         raise InputError(f"{message}; see {self.prog} --help")
-
-
-def free_path(path):
-    """`path` if nothing is there, else the first free of path-2, path-3, ...: nothing is overwritten."""
-    path = Path(path)
-    numbered = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
 
 
 def run_cli(main):
@@ -376,26 +350,30 @@ def main(argv):
     add("--request", help="what follows each question (default: that of the problems)")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--out", help="JSON file to write (default: the next free runs/eval-<problems>.json)")
+    add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
     args = parser.parse_args(argv)
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
-        raise InputError("--limit and --samples must be at least 0, --max-new-tokens at least 1, "
-                         "--temperature above 0")
-    out = Path(args.out) if args.out else free_path(f"runs/eval-{Path(args.problems).stem}.json")
+        raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
+    out = Path(args.out) if args.out else Path(f"runs/eval-{Path(args.problems).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     split = args.split or ("in" if args.problems == "arithmetic" else "test")
-    request = REQUESTS.get(args.problems, MATH_REQUEST) if args.request is None else args.request
+    usual_request = "" if args.problems == "arithmetic" else MATH_REQUEST
+    request = usual_request if args.request is None else args.request
     problems = load_problems(args.problems, split)[:args.limit or None]
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
-
+    check_room(model, tokenizer, problems, request, args.max_new_tokens)
     scores, records = evaluate(model.to(torch.bfloat16) if bf16 else model, tokenizer, problems, request,
                                args.max_new_tokens, args.samples, args.temperature, args.seed)
-    print(f"{args.model} on {args.problems}\n{score_table(scores)}\n{transcripts(records)}")
+    print(f"{args.model} on {args.problems}\n{score_table(scores)}")
+    for verdict in ("right", "wrong", "unparsable"):
+        row = next((row for rows in records.values() for row in rows if row["verdict"] == verdict), None)
+        if row:
+            print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({"arguments": vars(args), "versions": VERSIONS, "scores": scores,
-                               "records": records}, indent=1))
+    result = {"arguments": vars(args), "versions": VERSIONS, "scores": scores, "records": records}
+    out.write_text(json.dumps(result, indent=1))
     print(f"all of it is in {out}")
 
 

@@ -9,6 +9,7 @@ three loops of Algorithm 1 in `train`, evaluation after. A run is a folder that 
 
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import random
@@ -23,7 +24,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (REQUESTS, VERSIONS, InputError, Parser, build_prompt, encode_prompts, evaluate, free_path,
+from eval import (VERSIONS, InputError, Parser, check_room, encode_prompts, evaluate,
                   load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
 from grpo import EQUAL_REWARDS, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward
@@ -115,7 +116,7 @@ def parse_config(argv):
             bound = f"at least {least}" if above is None else f"above {above}"
             raise InputError(f"--{field.name.replace('_', '-')} must be {bound}, not {value} ({field.metadata['help']})")
     if config.request is None:
-        config.request = REQUESTS.get(config.problems, MATH_REQUEST)
+        config.request = "" if config.problems == "arithmetic" else MATH_REQUEST
     return config
 
 
@@ -410,22 +411,24 @@ def save(policy, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
+def free_folder(path):
+    """`path` if nothing is there, else the first free one of path-2, path-3, ...: nothing is overwritten."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return next(free for free in itertools.chain([path], numbered) if not free.exists())
+
+
 def main(argv):
     started, config = time.time(), parse_config(argv)
     # Whatever can be wrong with the input is found out first; only then is anything written.
-    out = Path(config.out) if config.out else free_path(f"runs/{Path(config.problems).stem}-{config.seed}")
+    out = Path(config.out) if config.out else free_folder(Path(f"runs/{Path(config.problems).stem}-{config.seed}"))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is not empty, and nothing is overwritten: name another folder")
-    problems, worked, held_out = gather_problems(config)
     device, bf16 = pick_device(config.device)
     torch.manual_seed(config.seed)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
-    longest = max(len(build_prompt(tokenizer, problem.question, config.request))
-                  for rows in (problems, *held_out.values()) for problem in rows)
-    room = getattr(policy.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    if longest + config.max_new_tokens > room:
-        raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
-                         f"so --max-new-tokens can be at most {room - longest}, not {config.max_new_tokens}")
+    problems, worked, held_out = gather_problems(config)
+    for rows in (problems, *held_out.values()):
+        check_room(policy, tokenizer, rows, config.request, config.max_new_tokens)
 
     out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)

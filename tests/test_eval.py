@@ -28,7 +28,7 @@ def test_built_in_problems_have_right_answers_and_stay_in_range():
             terms = [int(x) for x in re.findall(r"[+-]?\d+", question)]
             totals = list(itertools.accumulate(terms))
             assert totals[-1] == int(answer) and 0 <= min(totals) and max(totals) <= evaluation.LARGEST_TOTAL
-            assert len(terms) == {"in": 4, "out": 5, "train": 4}.get(split, len(terms))
+            assert len(terms) in evaluation.ARITHMETIC_SPLITS[split][0]
 
 
 def test_no_held_out_question_is_ever_trained_on():
@@ -90,7 +90,7 @@ def test_files_that_are_no_text_and_unknown_names(tmp_path):
 
 
 def test_download_is_checked_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "cache")
     source = tmp_path / "source.jsonl"
     source.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
@@ -114,7 +114,7 @@ def test_download_is_checked_and_kept(tmp_path, monkeypatch):
 def test_gsm8k_comes_through_the_download(tmp_path, monkeypatch):
     source = tmp_path / "test.jsonl"
     source.write_text('{"question": "How many?", "answer": "2*3=<<2*3=6>>6\\n#### 6"}\n')
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "cache")
     monkeypatch.setattr(evaluation, "GSM8K_URL", (tmp_path / "{}.jsonl").as_uri().replace("%7B%7D", "{}"))
     monkeypatch.setattr(evaluation, "GSM8K_SHA256", {"test": hashlib.sha256(source.read_bytes()).hexdigest()})
     assert load_problems("gsm8k", "test") == [Problem("How many?", "6", "2*3=6\n\\boxed{6}")]
@@ -292,11 +292,17 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("n = 5", "greedy", "sampled", "maj@2", "pass@2", "95% interval", "flexible",
                                             "truncated", "unparsable", "--- unparsable:"))
-    written = json.loads((tmp_path / "runs/eval-stories.json").read_text())
+    (path,) = (tmp_path / "runs").glob("eval-stories-*.json")
+    written = json.loads(path.read_text())
     assert written["scores"]["n"] == 5 and len(written["records"]["sampled"]) == 10
     assert {"torch", "transformers", "python"} <= set(written["versions"]) and written["arguments"]["seed"] == 0
-    evaluation.main(arguments)   # the next free name; nothing is overwritten
-    assert (tmp_path / "runs/eval-stories-2.json").exists()
+    with pytest.raises(InputError, match="nothing is overwritten"):
+        evaluation.main([*arguments, "--out", str(path)])
+
+
+def test_a_completion_must_fit_into_the_positions(chat_folder, story_file):
+    with pytest.raises(InputError, match="--max-new-tokens can be at most"):
+        evaluation.main(["--model", str(chat_folder), "--problems", str(story_file), "--max-new-tokens", "1000"])
 
 
 @pytest.mark.parametrize("arguments", [

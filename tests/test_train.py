@@ -1,0 +1,358 @@
+"""The options, the loop and the files of a run. The slow end of the suite: here models are trained."""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import eval as evaluation
+import train
+from eval import InputError, load_model, load_problems
+from helpers import make_chat_model
+from train import BUILTIN, Config, learning_rate, micro_batches, parse_config
+
+ROOT = Path(train.__file__).parent
+SHORT = ["--sft-steps", "3", "--questions", "3", "--eval-limit", "4", "--eval-samples", "2", "--show-every", "0"]
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_clock(rows):
+    return [{k: v for k, v in row.items() if not k.startswith("t_") and k not in ("tok_s", "mem_gb")} for row in rows]
+
+
+# --- Options ----------------------------------------------------------------------------------------
+
+def test_defaults_for_real_models_are_the_papers():
+    config = parse_config(["--model", "somewhere"])
+    assert config == Config(model="somewhere", request=config.request)
+    assert (config.lr, config.kl_beta, config.mu) == (1e-6, 0.04, 1)
+    assert (config.questions, config.group_size, config.max_new_tokens, config.problems) == (32, 8, 512, "gsm8k")
+    assert "\\boxed{}" in config.request
+
+
+def test_built_in_defaults_give_way_to_flags():
+    config = parse_config([])
+    assert all(getattr(config, name) == value for name, value in BUILTIN.items()) and config.request == ""
+    assert parse_config(["--lr", "0.5", "--mask-truncated"]) == dataclasses.replace(config, lr=0.5, mask_truncated=True)
+    # A model that is given has been warmed up; on the built-in problems it keeps their settings.
+    assert parse_config(["--model", "m", "--problems", "arithmetic"]) == dataclasses.replace(config, model="m", sft_steps=0)
+
+
+def test_help_names_every_option_with_both_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_config(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0
+    for field in dataclasses.fields(Config):
+        assert "--" + field.name.replace("_", "-") in text
+    assert "learning rate (paper: 1e-6) [1e-06; built-in: 0.0003]" in text
+
+
+BAD = {
+    "group of one": (["--group-size", "1"], "--group-size must be at least 2, not 1"),
+    "greedy sampling": (["--temperature", "0"], "--temperature must be above 0, not 0.0"),
+    "steps below 0": (["--steps", "-1"], "--steps must be at least 0, not -1"),
+    "not a number": (["--lr", "nan"], "--lr must be above 0, not nan"),
+    "infinite": (["--kl-beta", "inf"], "--kl-beta must be at least 0, not inf"),
+    "no integer": (["--steps", "many"], "invalid int value"),
+    "unknown option": (["--learning-rate", "1"], "unrecognized arguments"),
+    "unknown choice": (["--aggregate", "mean"], "invalid choice"),
+    "no model folder": (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
+    "tiny model on GSM8K": (["--problems", "gsm8k"], "name a --model"),
+    "no problems": (["--model", "CHAT", "--problems", "nothing.jsonl"], "neither|no problems"),
+    "bad JSON": (["--model", "CHAT", "--problems", "broken.jsonl"], "broken.jsonl, line 3: not JSON"),
+    "no answer": (["--model", "CHAT", "--problems", "unanswered.jsonl"], "unanswered.jsonl, line 2: no question or no answer"),
+    "empty file": (["--model", "CHAT", "--problems", "empty.jsonl"], "empty.jsonl is empty"),
+    "one problem": (["--model", "CHAT", "--problems", "one.jsonl"], "too small to hold some problems out"),
+    "no solutions": (["--model", "CHAT", "--problems", "plain.jsonl", "--sft-steps", "5"], "--sft-steps needs worked"),
+    "taken folder": (["--out", "taken"], "--out taken is not empty"),
+    "device": (["--device", "mps"], "no MPS"),
+    "too long": (["--model", "CHAT", "--problems", "plain.jsonl", "--max-new-tokens", "1024"], "--max-new-tokens can be at most"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, chat_folder):
+    monkeypatch.chdir(tmp_path)
+    line = '{"question": "1+1?", "answer": "2"}\n'
+    files = {"broken": line * 2 + "{nope\n", "unanswered": line + '{"question": "2+2?"}\n', "empty": "", "one": line,
+             "plain": line * 20}
+    for name, text in files.items():
+        Path(f"{name}.jsonl").write_text(text)
+    Path("taken").mkdir()
+    Path("taken/file").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    arguments, message = BAD[case]
+    with pytest.raises(InputError, match=message) as error:
+        train.main([str(chat_folder) if word == "CHAT" else word for word in arguments])
+    assert "\n" not in str(error.value) and sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_command_prints_one_line_and_fails(tmp_path):
+    run = subprocess.run([sys.executable, ROOT / "train.py", "--group-size", "1"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1 and run.stderr.startswith("error: --group-size") and run.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+# --- Parts ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("limit", [1, 20, 50, 10_000])
+def test_every_row_is_in_one_micro_batch(limit):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (37, 1), generator=generator)
+    mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=generator)
+    cuts = micro_batches(prompt_mask.long(), mask, limit)
+    assert sorted(row for cut in cuts for row in cut) == list(range(37))
+    for cut in cuts:
+        longest = (prompt_mask[cut].sum(1) + mask[cut].sum(1)).max()
+        assert len(cut) == 1 or len(cut) * longest <= limit
+
+
+def test_learning_rate_rises_and_falls_linearly():
+    rates = [learning_rate(step, 12, 1.0, 4, 0.5) for step in range(12)]
+    assert rates[:5] == [0.25, 0.5, 0.75, 1.0, 1.0] and rates[-1] == 0.5
+    assert rates[4] - rates[5] == pytest.approx(0.5 / 7) and rates == sorted(rates[:5]) + sorted(rates[5:], reverse=True)
+    assert [learning_rate(s, 3, 1.0, 0, 1.0) for s in range(3)] == [1.0, 1.0, 1.0]
+
+
+def test_one_small_step_moves_nearly_all_weights(chat_folder):
+    """In float32, a step of 1e-6 reaches the weights; in bf16 it would be rounded away."""
+    moved = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        model, _ = load_model(str(chat_folder), torch.device("cpu"))
+        model = model.to(dtype)
+        before = [p.detach().clone() for p in model.parameters()]
+        optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+        ids = torch.randint(0, 300, (4, 200))
+        model(ids, labels=ids).loss.backward()
+        train.optimizer_step(optimizer, 1e-6, 1.0)
+        pairs = [(a, b) for a, b, p in zip(before, model.parameters(), model.parameters()) if a.dim() == 2 and a.shape[1] < 300]
+        moved[dtype] = sum((a != b).sum().item() for a, b in pairs[1:]) / sum(a.numel() for a, _ in pairs[1:])
+    assert moved[torch.float32] > 0.9 and moved[torch.bfloat16] < 0.5
+
+
+def one_batch(config, chat_folder, story_file):
+    policy, tokenizer = load_model(str(chat_folder), torch.device("cpu"))
+    torch.manual_seed(0)
+    batch = train.sample_and_score(policy, tokenizer, load_problems(str(story_file), "")[:3], config,
+                                   torch.Generator().manual_seed(0))
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * 3)   # a random model earns nothing, so give it some
+    return policy, tokenizer, batch._replace(advantages=advantages)
+
+
+@pytest.mark.parametrize("mask_truncated", [False, True])
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_the_update_does_not_depend_on_micro_batches(chat_folder, story_file, aggregate, mask_truncated):
+    results = []
+    for micro_tokens in (1, 400, 100_000):
+        config = Config(group_size=4, max_new_tokens=12, micro_tokens=micro_tokens, aggregate=aggregate,
+                        mask_truncated=mask_truncated, request="")
+        policy, _, batch = one_batch(config, chat_folder, story_file)
+        batch = batch._replace(truncated=torch.tensor([False, True] * 6))
+        cuts = micro_batches(batch.prompt_mask, batch.mask, micro_tokens)
+        optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
+        metrics = train.update(policy, optimizer, batch, cuts, [None] * len(cuts), dataclasses.replace(config, kl_beta=0.0),
+                               0.1, nullcontext)
+        results.append((metrics, [p.detach().clone() for p in policy.parameters()], len(cuts)))
+    assert [r[2] for r in results][0] == 12 and results[2][2] == 1
+    for metrics, weights, _ in results[1:]:
+        assert metrics == pytest.approx(results[0][0], abs=1e-5)
+        for a, b in zip(weights, results[0][1]):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file, monkeypatch):
+    """mu = 3 passes: pi_old is recorded in the first and never again; every pass uses every row once."""
+    config = Config(group_size=4, max_new_tokens=8, micro_tokens=300, mu=3, request="", kl_beta=0.0)
+    policy, _, batch = one_batch(config, chat_folder, story_file)
+    cuts = micro_batches(batch.prompt_mask, batch.mask, 300)
+    calls, original = [], train.grpo_loss
+
+    def spy(logp, logp_old, *rest):
+        calls.append((logp.detach().clone(), logp_old.clone(), logp_old.requires_grad))
+        return original(logp, logp_old, *rest)
+
+    monkeypatch.setattr(train, "grpo_loss", spy)
+    metrics = train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch, cuts, [None] * len(cuts), config,
+                           1.0, nullcontext)
+    assert len(cuts) > 1 and len(calls) == 3 * len(cuts)
+    first, second, third = (calls[i * len(cuts):(i + 1) * len(cuts)] for i in range(3))
+    for (a, old_a, grad_a), (b, old_b, _), (c, old_c, _) in zip(first, second, third):
+        assert torch.equal(a, old_a) and not grad_a
+        assert torch.equal(old_a, old_b) and torch.equal(old_a, old_c)
+        assert not torch.equal(b, a) and not torch.equal(c, b)   # the policy itself has moved
+    assert sum(len(a) for a, _, _ in first) == 12
+
+
+# --- Runs -------------------------------------------------------------------------------------------
+
+def parity_reward(text, gold):
+    """A model that has seen three batches gets no answer right. This reward varies all the same."""
+    return float(len(text) % 2)
+
+
+SHORT_RUN = [*SHORT, "--steps", "3", "--iterations", "2", "--eval-every", "2", "--mu", "2", "--lr-warmup", "0"]
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("short") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "accuracy_reward", parity_reward)
+        train.main([*SHORT_RUN, "--out", str(out)])
+    return out
+
+
+def test_a_run_leaves_complete_files(short_run):
+    run, summary = (json.loads((short_run / name).read_text()) for name in ("run.json", "summary.json"))
+    assert run["config"] == summary["config"] == dataclasses.asdict(Config(**run["config"]))
+    assert run["seed"] == summary["seed"] == 0 and {"torch", "transformers", "python"} <= set(run["versions"])
+    assert run["command"][2:] == [*SHORT_RUN, "--out", str(short_run)]
+    for moment in ("before", "after"):
+        assert set(summary[moment]) == {"in", "out"}
+        for scores in summary[moment].values():
+            assert {"sampled", "greedy", "maj@2", "pass@2", "n", "greedy_interval"} <= set(scores) and scores["n"] == 4
+    rows = rows_of(short_run)
+    assert [row["step"] for row in rows] == list(range(7)) and [row["iteration"] for row in rows[1:]] == [0, 0, 0, 1, 1, 1]
+    assert all(set(train.COLUMNS) <= set(row) for row in rows[1:])
+    assert ["eval" in row for row in rows] == [True, False, True, False, True, False, True]
+    assert rows[0]["eval"] == summary["before"] and rows[-1]["eval"] == summary["after"]
+
+
+def test_the_reference_is_the_policy_at_the_start_of_each_iteration(tmp_path, monkeypatch):
+    """On CPU the KL is exactly 0 there, and not in between."""
+    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    train.main([*SHORT, "--out", str(tmp_path / "run"), "--steps", "3", "--iterations", "2", "--lr-warmup", "0"])
+    rows = rows_of(tmp_path / "run")[1:]
+    assert [row["kl"] == 0.0 for row in rows] == [True, False, False, True, False, False]
+    assert all(row["kl"] >= 0 and row["gap"] < 1e-4 and row["grad_norm"] > 0 for row in rows)
+
+
+def test_a_run_is_a_model_folder(short_run, tmp_path, capsys):
+    for folder in (short_run, short_run / "sft"):
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+        assert {p.dtype for p in model.parameters()} == {torch.float32} and "<assistant>" in tokenizer.chat_template
+    evaluation.main(["--model", str(short_run), "--problems", "arithmetic", "--limit", "4", "--samples", "2",
+                     "--max-new-tokens", "40", "--out", str(tmp_path / "eval.json")])
+    scores = json.loads((tmp_path / "eval.json").read_text())["scores"]
+    after = json.loads((short_run / "summary.json").read_text())["after"]["in"]
+    assert json.loads(json.dumps(after)) == scores   # training and eval.py agree on the same model
+    train.main([*SHORT[2:], "--model", str(short_run), "--problems", "arithmetic", "--steps", "1", "--out", str(tmp_path / "on")])
+    assert json.loads((tmp_path / "on" / "run.json").read_text())["config"]["sft_steps"] == 0
+    assert json.loads((tmp_path / "on" / "summary.json").read_text())["before"]["in"] == after   # goes on from there
+
+
+def test_same_seed_same_numbers(short_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    for name, seed in (("same", 0), ("other", 1)):
+        train.main([*SHORT_RUN, "--out", str(tmp_path / name), "--seed", str(seed)])
+    assert without_clock(rows_of(tmp_path / "same")) == without_clock(rows_of(short_run))
+    assert without_clock(rows_of(tmp_path / "other")) != without_clock(rows_of(short_run))
+
+
+def test_runs_take_the_next_free_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        train.main([*SHORT, "--steps", "0", "--sft-steps", "1"])
+    assert sorted(path.name for path in Path("runs").iterdir()) == ["arithmetic-0", "arithmetic-0-2"]
+
+
+@pytest.mark.parametrize("flags", [
+    ["--kl-beta", "0"], ["--aggregate", "token", "--clip-high", "0.28"], ["--activation-checkpointing"],
+    ["--aggregate", "constant", "--scale-rewards", "none"], ["--mask-truncated", "--max-new-tokens", "9"],
+])
+def test_variants_run_through(flags, tmp_path, monkeypatch):
+    copies, deepcopy = [], train.copy.deepcopy
+    monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=lambda model: copies.append(model) or deepcopy(model)))
+    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    if "--mask-truncated" in flags:   # let nothing ever end
+        monkeypatch.setattr(evaluation, "eos_token_ids", lambda *_: set())
+    train.main([*SHORT, "--steps", "2", "--out", str(tmp_path / "run"), *flags])
+    rows = rows_of(tmp_path / "run")[1:]
+    assert all(value == value and abs(value) != float("inf") for row in rows for value in row.values() if isinstance(value, float))
+    if "--mask-truncated" in flags:   # so there is nothing to learn from
+        assert all(row["truncated"] == 1 and row["loss"] == 0 and row["grad_norm"] == 0 for row in rows)
+    assert len(copies) == ("--kl-beta" not in flags)   # --kl-beta 0 loads no reference
+
+
+def test_truncated_completions_draw_a_warning(capsys):
+    for truncated, warned in ((0.4, False), (0.6, True)):
+        train.print_metrics(dict.fromkeys(train.COLUMNS, 0) | {"truncated": truncated})
+        assert ("60% of the completions hit the limit: raise --max-new-tokens?" in capsys.readouterr().out) == warned
+
+
+def test_a_real_looking_model_on_stories(chat_folder, story_file, tmp_path, capsys):
+    arguments = ["--model", str(chat_folder), "--problems", str(story_file), "--steps", "2", "--questions", "2",
+                 "--group-size", "4", "--max-new-tokens", "16", "--eval-samples", "2", "--show-every", "1"]
+    train.main([*arguments, "--out", str(tmp_path / "run")])
+    printed = capsys.readouterr().out
+    assert "gold:" in printed and "advantage" in printed
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) == 3 and all(row["gap"] < 1e-4 and row["zero_var"] == 1 for row in rows[1:])
+    assert rows[0]["eval"]["in"]["n"] == 2   # a tenth of twelve problems, rounded up
+    assert AutoTokenizer.from_pretrained(tmp_path / "run").chat_template
+    # Supervised warm-up on the solutions of the file takes the same way.
+    train.main([*arguments, "--sft-steps", "2", "--out", str(tmp_path / "warm")])
+    assert (tmp_path / "warm" / "sft" / "model.safetensors").exists()
+
+
+def test_a_hostile_generation_config_does_not_stop_a_run(tmp_path, story_file):
+    folder = make_chat_model(tmp_path / "model")
+    hostile = json.loads((folder / "generation_config.json").read_text())
+    hostile.update(top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=9.0, max_new_tokens=1, do_sample=False)
+    (folder / "generation_config.json").write_text(json.dumps(hostile))
+    train.main(["--model", str(folder), "--problems", str(story_file), "--steps", "1", "--questions", "2", "--group-size", "4",
+                "--max-new-tokens", "16", "--eval-samples", "2", "--out", str(tmp_path / "run")])
+    (row,) = rows_of(tmp_path / "run")[1:]
+    assert row["gap"] < 1e-4 and row["length"] > 2 and row["entropy"] > 1
+
+
+def test_control_c_saves_the_model(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "train.py", *SHORT, "--steps", "100000", "--eval-every", "0", "--out", "run"], cwd=tmp_path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if re.match(r" +3 ", line):   # the third step has been logged
+            break
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def learning_run(tmp_path_factory):
+    """The default run, shortened: 40 of 60 steps, smaller evaluations."""
+    out = tmp_path_factory.mktemp("learning") / "run"
+    train.main(["--out", str(out), "--steps", "40", "--eval-every", "0", "--eval-limit", "100", "--show-every", "0"])
+    return out
+
+
+def gain(folder):
+    summary = json.loads((folder / "summary.json").read_text())
+    return summary["after"]["in"]["sampled"] - summary["before"]["in"]["sampled"]
+
+
+def test_grpo_learns(learning_run):
+    rewards = [row["reward"] for row in rows_of(learning_run)[1:]]
+    assert sum(rewards[:5]) / 5 < 0.4 and sum(rewards[-5:]) / 5 > 0.7
+    assert gain(learning_run) > 0.4
+
+
+def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
+    """The control: the same start, rewards shuffled within each group."""
+    train.main(["--model", str(learning_run / "sft"), "--problems", "arithmetic", "--out", str(tmp_path / "control"), "--steps",
+                "40", "--eval-every", "0", "--eval-limit", "100", "--show-every", "0", "--shuffle-rewards"])
+    assert gain(tmp_path / "control") < 0.1
