@@ -24,7 +24,7 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo import head_is_plain, sample_groups, token_logprobs
+from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward, extract_answer, is_equivalent
 
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
@@ -113,8 +113,7 @@ def read_problems(path):
         row = row if isinstance(row, dict) else {}
         question, answer = row.get("question", row.get("problem")), row.get("answer")
         if question in (None, "") or answer in (None, ""):
-            raise InputError(f'{path}, line {number}: {wrong}; a line is like '
-                             '{"question": "1+1?", "answer": "2"}')
+            raise InputError(f'{path}, line {number}: {wrong}; want {{"question": "1+1?", "answer": "2"}}')
         solution, mark, gold = str(answer).rpartition("#### ")
         if mark:   # as in GSM8K: drop its calculator notes, <<48/2=24>>, and mark the answer as we ask for it
             solution = re.sub(r"<<[^<>]*>>", "", solution) + f"\\boxed{{{gold.strip()}}}"
@@ -133,7 +132,7 @@ def load_problems(name, split):
     if name not in ("arithmetic", "gsm8k") and Path(name).is_file():
         return read_problems(name)
     raise InputError(f"no problems {name} ({split}): take arithmetic ({', '.join(ARITHMETIC_SPLITS)}), "
-                     f"gsm8k ({', '.join(GSM8K_SHA256)}), or the path of a JSON-lines file")
+                     f"gsm8k ({', '.join(GSM8K_SHA256)}) or the path of a JSON-lines file")
 
 
 # --- 2. Models and prompts --------------------------------------------------------------------------
@@ -174,12 +173,12 @@ def load_model(name, device):
         samples = sample_groups(model, ids, ids > 0, 1, 4, eos_ids=[], pad_id=0, temperature=0)
         with torch.no_grad():
             logp, _ = token_logprobs(model, ids, ids > 0, samples.completion_ids, samples.mask, 1.0)
-        reason = f"log-probs change by {(logp - samples.logp).abs().max():.2g}"
+        reason = f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}"
         fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
     except Exception as error:   # an unknown architecture may fail in any way
         fits, reason = False, repr(error)
     if not fits:
-        raise InputError(f"--model {name} cannot be sampled with a KV cache ({reason}); take one like Llama or Qwen")
+        raise InputError(f"--model {name} does not fit: {reason}; take a decoder with a KV cache, like Qwen")
     if not head_is_plain(model):
         print(f"{name} rescales its logits: its log-probs are not computed in chunks, which takes more memory")
     return model, tokenizer
@@ -261,13 +260,12 @@ def interval(scores):
 
 
 def majority(answers, gold):
-    """maj@K of one question: 1.0 if the most frequent answer is right, else 0.0; ties share; None is no vote."""
-    groups = []   # lists of equivalent answers
+    """maj@K of one question: 1.0 if the most frequent answer (of a tie, the first) is right, else 0.0."""
+    groups = []   # lists of equivalent answers; None, no answer, has no vote
     for answer in (answer for answer in answers if answer is not None):
         group = next((group for group in groups if is_equivalent(answer, group[0])), None)
         groups.append([answer]) if group is None else group.append(answer)
-    winners = [group for group in groups if len(group) == max(map(len, groups))]
-    return sum(is_equivalent(group[0], gold) for group in winners) / max(1, len(winners))
+    return float(is_equivalent(max(groups, key=len, default=[""])[0], gold))
 
 
 def last_number(text):
@@ -276,12 +274,13 @@ def last_number(text):
     return numbers[-1].rstrip(",") if numbers else ""
 
 
-def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0, rows=256):
+def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0,
+             rows=256):
     """Greedy accuracy, and that of K = `samples` samples each, `rows` completions at a time.
 
     Returns scores: n, and for greedy, sampled (the mean of K), maj@K and pass@K the value and its interval;
-    for greedy and sampled also the shares of flexible (the last number is right), truncated and unparsable.
-    And records: {"greedy": [...], "sampled": [...]}, one dict per completion, those of a problem in a row.
+    for greedy and sampled also the shares of flexible (last number right), truncated and unparsable. And
+    records: {"greedy": [...], "sampled": [...]}, a dict per completion, those of a problem in a row.
     """
     scores, records = {"n": len(problems)}, {}
     for kind, K, heat in (("greedy", 1, 0.0), ("sampled", samples, temperature))[:1 + (samples > 0)]:
@@ -289,19 +288,20 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
         graded, at_once = records.setdefault(kind, []), max(1, rows // K)
         for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
             batch = problems[start:start + at_once]
-            _, _, drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens, heat, generator)
+            _, _, drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens,
+                                                 heat, generator)
             for row, text in enumerate(texts):
                 (question, gold, _), answer = batch[row // K], extract_answer(text)
                 reward = accuracy_reward(text, gold)
                 verdict = "right" if reward else "unparsable" if answer is None else "wrong"
-                graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
-                               "reward": reward, "verdict": verdict, "truncated": drawn.truncated[row].item(),
-                               "flexible": is_equivalent(last_number(text), gold)})
+                graded.append(dict(question=question, gold=gold, completion=text, answer=answer, reward=reward,
+                                   verdict=verdict, truncated=drawn.truncated[row].item(),
+                                   flexible=is_equivalent(last_number(text), gold)))
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
-        measures = {kind: [fmean(row["reward"] for row in group) for group in groups]}
+        measures = {kind: [fmean(row["reward"] for row in g) for g in groups]}
         if kind == "sampled":
-            measures[f"maj@{K}"] = [majority([row["answer"] for row in group], group[0]["gold"]) for group in groups]
-            measures[f"pass@{K}"] = [max(row["reward"] for row in group) for group in groups]
+            measures[f"maj@{K}"] = [majority([row["answer"] for row in g], g[0]["gold"]) for g in groups]
+            measures[f"pass@{K}"] = [max(row["reward"] for row in g) for g in groups]
         for name, values in measures.items():
             scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
         scores[f"{kind}_flexible"] = fmean(row["flexible"] for row in graded)
@@ -312,12 +312,11 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
 
 def score_table(scores):
     """The scores of `evaluate` as lines of text."""
-    lines = [f"n = {scores['n']:<8}accuracy  95% interval    flexible  truncated  unparsable"]
+    lines = [f"n = {scores['n']:<8}accuracy  95% interval      flexible  truncated unparsable"]
     for name in [key.removesuffix("_interval") for key in scores if key.endswith("_interval")]:
-        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"]))
-        if name in ("greedy", "sampled"):
-            lines[-1] += "{:>9.1%}{:>11.1%}{:>12.1%}".format(
-                *(scores[f"{name}_{share}"] for share in ("flexible", "truncated", "unparsable")))
+        shares = [scores.get(f"{name}_{share}") for share in ("flexible", "truncated", "unparsable")]
+        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"])
+                     + "".join(f"{share:>11.1%}" for share in shares if share is not None))
     return "\n".join(lines)
 
 
@@ -354,7 +353,7 @@ def main(argv):
     args = parser.parse_args(argv)
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
         raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
-    out = Path(args.out) if args.out else Path(f"runs/eval-{Path(args.problems).stem}-{time.strftime('%Y%m%d-%H%M%S')}.json")
+    out = Path(args.out or f"runs/eval-{Path(args.problems).stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     split = args.split or ("in" if args.problems == "arithmetic" else "test")
@@ -364,7 +363,7 @@ def main(argv):
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
     check_room(model, tokenizer, problems, request, args.max_new_tokens)
-    scores, records = evaluate(model.to(torch.bfloat16) if bf16 else model, tokenizer, problems, request,
+    scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, request,
                                args.max_new_tokens, args.samples, args.temperature, args.seed)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict in ("right", "wrong", "unparsable"):

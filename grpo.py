@@ -1,30 +1,30 @@
 """GRPO, Group Relative Policy Optimization: the algorithm, tensors in and tensors out.
 
-GRPO comes from DeepSeekMath (arXiv 2402.03300); equation and section numbers below are that paper's.
-In one breath: sample a group of G completions for each question, score each of them, call a completion
-good if it did better than the rest of its own group, and make the tokens of good completions likelier,
-not too far at once (the clip) and not too far from where we started (the KL term).
+GRPO comes from DeepSeekMath (arXiv 2402.03300); equation and section numbers are that paper's. In one
+breath: sample a group of G completions for each question, score each of them, call a completion good if it
+did better than the rest of its own group, and make the tokens of good completions likelier, not too far at
+once (the clip) and not too far from where we started (the KL term).
 
 This file knows no text, file or option: reward.py turns text into numbers, eval.py holds the problems,
 train.py is the loop (Algorithm 1). Read it from top to bottom; the last function is eq. 3.
 
-    paper          here                    shape     meaning
-    q              prompt_ids, prompt_mask (B, P)    B questions, padded on the left
-    o_i            completion_ids, mask    (N, T)    N = B*G completions, padded on the right
-    r_i            rewards                 (B, G)    one number per completion
-    A_hat[i,t]     advantages              (N, T)    how much better than its group; (N, 1) if alike for all t
-    pi_theta       logp                    (N, T)    log-probs of the policy that is trained
-    pi_old         logp_old                (N, T)    ... of the policy that sampled the completions
-    pi_ref         logp_ref                (N, T)    ... of the frozen reference
-    epsilon        clip_low, clip_high     numbers   beta: kl_beta; G: group_size
+    paper        here                       shape    meaning
+    q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
+    o_i          completion_ids, mask       (N, T)   N = B * G completions, padded on the right
+    r_i          rewards                    (B, G)   one number per completion
+    A_hat[i,t]   advantages                 (N, T)   how much better than its group; (N,) if alike for all t
+    pi_theta     logp                       (N, T)   log-probs of the policy that is trained
+    pi_old       logp_old                   (N, T)   ... of the policy that sampled the completions
+    pi_ref       logp_ref                   (N, T)   ... of the frozen reference
+    G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
-Rows are question-major: rows 0..G-1 are the group of question 0, and x.view(B, G) gives the groups back.
+Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the groups back.
 V is the size of the vocabulary. `mask` is true where a completion token counts, everywhere.
 
 What the paper leaves open, and what we chose:
   * Algorithm 1 says to maximise "equation 21", which is a gradient coefficient; the objective is eq. 3.
-  * The standard deviation is that of a sample (divisor G-1), with 1e-4 added to it.
-  * epsilon is 0.2 on both sides; log-probs are those of the distribution that was sampled from, logits / T.
+  * The standard deviation is that of a sample (divisor G - 1), with 1e-4 added to it; epsilon is 0.2.
+  * Log-probs are those of the distribution that was sampled from, softmax(logits / temperature).
 `grep -n "PAPER:"` lists where the code departs from the paper, `grep -n "TRAP:"` what goes wrong silently.
 """
 
@@ -49,11 +49,22 @@ class Samples(NamedTuple):
     truncated: torch.Tensor        # (N,) bool, true for completions cut off by max_new_tokens
 
 
+def bf16_weights(model):
+    """Turn the parameters of a model into bf16, in place; returns the model.
+
+    TRAP: model.to(torch.bfloat16) also rounds the frequencies of rotary positions, which are a buffer. At
+    position 500 the angles are then off by up to 0.5 (test_rotary_frequencies_stay_float32).
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
 def position_ids(attention_mask):
     """Position of each token in its own sequence, not counting the padding on the left: (N, S) -> (N, S).
 
-    TRAP: without these a short prompt in a batch starts at position 5 or 50 and its log-probs are
-    wrong, silently (test_left_padding_changes_nothing).
+    TRAP: without these a short prompt in a batch starts at position 5 or 50, and its log-probs are wrong
+    (test_left_padding_changes_nothing).
     """
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
@@ -63,7 +74,8 @@ def sample_token(logits, temperature, generator=None):
 
     Temperature 0 takes the likeliest token, and reports its log-prob at temperature 1.
     """
-    # TRAP: in bf16 a log-prob is off by up to 0.08, against a clip range of 0.2, so at least float32.
+    # TRAP: in bf16 a log-prob is off by up to 0.08, against a clip range of 0.2. So at least float32
+    # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)   # (n, V)
     if temperature == 0:
@@ -76,19 +88,18 @@ def sample_token(logits, temperature, generator=None):
 @torch.no_grad()
 def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
                   temperature=1.0, generator=None):
-    """Sample `group_size` completions for each of B prompts (section 4.1, "a group of outputs").
+    """Sample `group_size` completions for each of B prompts, "a group of outputs" in section 4.1.
 
-    The prompts go through the model once; their keys and values (the KV cache) are then repeated G
-    times, and from there on every step feeds one new token a row. Rows that end leave the batch.
+    The prompts go through the model once; their keys and values (the KV cache) are then repeated G times,
+    and from there on every forward pass takes one new token a row. Rows that have ended leave the batch.
 
-    prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion;
-    pad_id: fills up rows that ended, and may be equal to an EOS id; temperature: 0 means greedy;
-    generator: a torch.Generator on the model's device. Returns `Samples`. Raises ValueError for a
-    group, length or temperature that makes no sense.
+    prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion; pad_id:
+    fills up rows that have ended, and may be an EOS id; temperature: 0 is greedy; generator: on the
+    model's device. Returns `Samples`. Raises ValueError for arguments that make no sense.
 
-    TRAP: a library's generate() also applies what the model folder's generation_config asks for (top_k,
-    top_p, repetition_penalty), and then the samples do not come from the policy whose log-probs are
-    trained. This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
+    TRAP: a library's generate() also obeys the model folder's generation_config (top_k, top_p,
+    repetition_penalty), and then the samples do not come from the policy whose log-probs are trained.
+    This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
     """
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be "
@@ -96,7 +107,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     N, device, prompt_mask = len(prompt_ids) * group_size, prompt_ids.device, prompt_mask.long()
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     was_training = model.training
-    model.eval()   # TRAP: activation checkpointing in train() mode would turn the KV cache off
+    model.eval()   # TRAP: in train() mode activation checkpointing turns the KV cache off: slow
 
     # The prompts, once. Only the logits of their last position are needed: (B, V).
     out = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask),
@@ -111,7 +122,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     completion_ids = torch.full((N, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logp = torch.zeros(N, max_new_tokens, device=device,
                        dtype=torch.promote_types(logits.dtype, torch.float32))
-    rows = torch.arange(N, device=device)   # rows that still run; logits, cache etc. hold only these
+    rows = torch.arange(N, device=device)   # the rows that still run; logits, cache etc. hold only these
     for t in range(max_new_tokens):
         token, token_logp = sample_token(logits, temperature, generator)        # (n,), n = len(rows)
         completion_ids[rows, t], logp[rows, t] = token, token_logp
@@ -145,8 +156,8 @@ def completion_mask(completion_ids, eos_ids):
 
     With EOS = 9:  [5, 6, 9, 9] -> [1, 1, 1, 0];  [5, 6, 7, 8] -> [1, 1, 1, 1];  [9, 9] -> [1, 0].
 
-    TRAP: many tokenizers pad with the EOS token. A mask by value (`!= pad_id`) then hides the EOS
-    itself, and the model never learns to stop. So by position (test_eos_token_is_trained).
+    TRAP: many tokenizers pad with the EOS token. A mask by value (`!= pad_id`) then hides the EOS itself,
+    and the model never learns to stop. So the mask goes by position (test_eos_token_is_trained).
     """
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=completion_ids.device)
     is_eos = torch.isin(completion_ids, eos).long()
@@ -157,15 +168,15 @@ def completion_mask(completion_ids, eos_ids):
 # --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
 
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """Log-prob of every completion token under `model`, and the entropy it was drawn with.
+    """Log-prob of every completion token, log pi(o_t | q, o_<t), and the entropy that it was drawn with.
 
-    prompt_ids, prompt_mask: (N, P), already repeated to one row per completion; completion_ids, mask:
-    (N, T); temperature: that of the sampling. Returns (logp, entropy), both (N, T), in nats, at least
-    float32, 0 where mask is false; only logp carries a gradient. Raises ValueError for temperature <= 0.
+    prompt_ids, prompt_mask: (N, P), one row per completion; completion_ids, mask: (N, T); temperature: that
+    of the sampling. Returns (logp, entropy), both (N, T), in nats, at least float32, 0 where mask is
+    false; only logp carries a gradient. Raises ValueError for a temperature that is not above 0.
 
-    With a vocabulary of 150,000 the logits are a thousand times larger than everything around them. So
-    only the tokens that count reach the vocabulary head, HEAD_CHUNK of them at a time, and each chunk's
-    logits are thrown away and computed again in the backward pass: no (N, T, V) tensor ever exists.
+    With a vocabulary of 150,000 the logits are by far the largest tensor around. So only the tokens that
+    count reach the vocabulary head, HEAD_CHUNK at a time, and the logits of a chunk are thrown away and
+    computed again in the backward pass: no (N, T, V) tensor ever exists.
     """
     # TRAP: samples drawn at T = 0.7 and scored at T = 1 are off-policy from the first step on
     # (test_rescored_logprobs_equal_the_samplers).
@@ -175,8 +186,8 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     # The token at position s is predicted at s - 1, so the last token is no input: S = P + T - 1.
     # Padding behind a completion needs no masking out: causal attention never looks ahead.
     attention_mask = torch.cat([prompt_mask.long(), torch.ones_like(completion_ids)], dim=1)[:, :-1]
-    inputs = dict(input_ids=torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1], attention_mask=attention_mask,
-                  position_ids=position_ids(attention_mask), use_cache=False)
+    inputs = dict(input_ids=torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1],
+                  attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False)
     targets = completion_ids[mask]                                              # (M,) M tokens that count
     if head_is_plain(model):
         hidden = model.base_model(**inputs).last_hidden_state[:, -T:][mask]     # (M, D)
@@ -202,12 +213,12 @@ def _logp_and_entropy(head, hidden, targets, temperature):
 
 @torch.no_grad()
 def head_is_plain(model):
-    """Whether `get_output_embeddings()` of the base model's output is all there is to the model's logits.
+    """Whether the model's logits are its output embedding applied to its base model's output, nothing else.
 
-    True for Llama, Qwen or GPT-2. Granite and Cohere scale their logits, Gemma 2 caps them: for those
-    the head applied by hand is another model. To find out, a hook makes the head answer with numbers
-    that we know, and we look whether they leave the model untouched, and whether what went into the
-    head is what the base model put out. Asked once, then remembered on the model.
+    True for Llama, Qwen and GPT-2. Granite and Cohere scale their logits, Gemma 2 caps them: there the
+    head applied by hand would be another model. To find out, a hook lets the head answer with numbers
+    that we know; we look whether they leave the model unchanged, and whether what goes into the head is
+    what the base model puts out. Asked once a model, then remembered on it.
     """
     if hasattr(model, "_head_is_plain"):
         return model._head_is_plain

@@ -101,7 +101,8 @@ def parse_number(text):
     """
     if len(text) > MAX_NUMBER:
         return None
-    text = text.replace(" ", "") if re.fullmatch(r"[\d./%+\s-]*", text) and not re.search(r"\d \d", text) else text
+    if not re.search(r"\d \d", text):   # "1 000" is not understood, "- 3" is
+        text = text.replace(" ", "")
     match = _NUMBER.fullmatch(text) or _FRAC.fullmatch(text)
     if match is None:
         return None

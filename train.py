@@ -9,24 +9,24 @@ three loops of Algorithm 1 in `train`, evaluation after. A run is a folder that 
 
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import random
 import sys
 import time
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (VERSIONS, InputError, Parser, check_room, encode_prompts, evaluate,
+from eval import (VERSIONS, InputError, Parser, check_room, encode_prompts, eos_token_ids, evaluate,
                   load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
-from grpo import EQUAL_REWARDS, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
+from grpo import EQUAL_REWARDS, bf16_weights, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward
 
 
@@ -48,9 +48,9 @@ class Config:
     device: str = opt("auto", "auto, cpu or cuda")
 
     questions: int = opt(32, "questions per step, B", least=1, group="sampling")
-    group_size: int = opt(8, "completions per question, G; they are compared with each other (paper: 64)", least=2)
+    group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)", least=2)
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
-    temperature: float = opt(1.0, "of the sampling, and of the log-probs; greedy samples would be all alike", above=0)
+    temperature: float = opt(1.0, "of sampling and log-probs; at 0 all samples would be the same", above=0)
 
     iterations: int = opt(1, "how often the reference is renewed, I", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
@@ -58,7 +58,7 @@ class Config:
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 loads no reference", least=0)
     clip_low: float = opt(0.2, "the ratio is clipped below 1 - this", least=0)
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", least=0)
-    scale_rewards: str = opt("std", "divide by the group's std (paper), or none (Dr. GRPO)", choices=("std", "none"))
+    scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices=("std", "none"))
     aggregate: str = opt("sequence", "mean over completions: sequence (paper); over all tokens: token (DAPO); "
                          "by a constant: constant (Dr. GRPO)", choices=("sequence", "token", "constant"))
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
@@ -72,11 +72,11 @@ class Config:
     micro_tokens: int = opt(16384, "tokens per forward pass of the update", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
 
-    sft_steps: int = opt(0, "steps of supervised warm-up on worked solutions", least=0, group="supervised warm-up")
+    sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up")
     sft_batch: int = opt(32, "solutions per step", least=1)
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
 
-    eval_problems: str = opt("", "held-out problems; none: the set's own, or a tenth of a file", group="evaluation")
+    eval_problems: str = opt("", "held-out problems; none: the set's own, or a tenth", group="evaluation")
     eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
@@ -89,7 +89,7 @@ BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60,
 
 
 def parse_config(argv):
-    """Config of a command line: what is given, else BUILTIN where it applies, else the default. Raises InputError."""
+    """Config of a command line: what is given, else BUILTIN if it applies, else the default. Or InputError."""
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     for field in dataclasses.fields(Config):
         meta, flag = field.metadata, "--" + field.name.replace("_", "-")
@@ -105,16 +105,17 @@ def parse_config(argv):
 
     model, problems = given.get("model"), given.get("problems")
     if not model and problems not in (None, "arithmetic"):
-        raise InputError(f"the tiny built-in model knows only arithmetic: name a --model for --problems {problems}")
+        raise InputError(f"the built-in model knows only arithmetic: --problems {problems} needs a --model")
     defaults = BUILTIN if problems == "arithmetic" or not model else {}
     if model:   # it has been warmed up already
         defaults = {**defaults, "sft_steps": 0}
     config = Config(**{**defaults, **given})
     for field in dataclasses.fields(Config):
-        value, least, above = getattr(config, field.name), field.metadata["least"], field.metadata["above"]
-        if least is not None and not least <= value < math.inf or above is not None and not above < value < math.inf:
-            bound = f"at least {least}" if above is None else f"above {above}"
-            raise InputError(f"--{field.name.replace('_', '-')} must be {bound}, not {value} ({field.metadata['help']})")
+        flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
+        if meta["least"] is not None and not meta["least"] <= value < math.inf:
+            raise InputError(f"{flag} must be at least {meta['least']}, not {value} ({meta['help']})")
+        if meta["above"] is not None and not meta["above"] < value < math.inf:
+            raise InputError(f"{flag} must be above {meta['above']}, not {value} ({meta['help']})")
     if config.request is None:
         config.request = "" if config.problems == "arithmetic" else MATH_REQUEST
     return config
@@ -136,32 +137,35 @@ def make_tiny_model(seed, device):
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
-        max_position_embeddings=256, initializer_range=0.08, bos_token_id=None, eos_token_id=1, pad_token_id=0))
+        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
+        num_attention_heads=4, max_position_embeddings=256, initializer_range=0.08,
+        bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return model.to(device), tokenizer
 
 
 def gather_problems(config):
-    """(problems to train on, problems with solutions for the warm-up, {split: held-out problems})."""
-    arithmetic, file = config.problems == "arithmetic", config.problems not in ("arithmetic", "gsm8k")
-    problems = load_problems(config.problems, "train")
-    if config.eval_problems:
-        splits = ("in", "out") if config.eval_problems == "arithmetic" else ("test",)
-        held_out = {split: load_problems(config.eval_problems, split) for split in splits}
-    elif file:   # a user's own: a tenth of it is never trained on
-        problems = random.Random(config.seed).sample(problems, len(problems))
-        held_out = {"test": problems[:math.ceil(len(problems) / 10)][:config.eval_limit]}
-        problems = problems[len(held_out["test"]):]
-    else:
-        held_out = {split: load_problems(config.problems, split) for split in (("in", "out") if arithmetic else ("test",))}
-    # In the summary the first is always called "in", the domain of the training.
-    held_out = {"in" if split == "test" else split: rows[:config.eval_limit] for split, rows in held_out.items()}
-    worked = [p for p in (load_problems("arithmetic", "sft") if arithmetic else problems) if p.solution]
+    """(problems to train on, those with solutions for the warm-up, {"in": ..., "out": ...} held-out problems).
+
+    "in" is the domain of the training; "out", longer problems, exists for the built-in ones only.
+    """
+    problems, rng = load_problems(config.problems, "train"), random.Random(config.seed)
+    worked = load_problems("arithmetic", "sft") if config.problems == "arithmetic" else problems
+    named = config.eval_problems or config.problems
+    if named == "arithmetic":
+        held_out = {split: load_problems(named, split) for split in ("in", "out")}
+    elif named == "gsm8k" or config.eval_problems:
+        held_out = {"in": load_problems(named, "test")}
+    else:   # a user's own file: a tenth of it is never trained on
+        problems = rng.sample(problems, len(problems))
+        cut = min(math.ceil(len(problems) / 10), config.eval_limit)
+        held_out, problems = {"in": problems[:cut]}, problems[cut:]
+        worked = problems
+    worked = [problem for problem in worked if problem.solution]
     if not problems:
-        raise InputError(f"{config.problems} is too small to hold some problems out: add some, or give --eval-problems")
+        raise InputError(f"{config.problems} is too small to hold some out: add some, or give --eval-problems")
     if config.sft_steps and not worked:
-        raise InputError(f"--sft-steps needs worked solutions, and {config.problems} has none: leave it out")
-    return problems, worked, held_out
+        raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none, so leave it out")
+    return problems, worked, {split: rows[:config.eval_limit] for split, rows in held_out.items()}
 
 
 # --- 3. Batches, and the supervised warm-up ---------------------------------------------------------
@@ -224,21 +228,23 @@ def optimizer_step(optimizer, lr, max_grad_norm):
 def warm_up(policy, tokenizer, problems, config, autocast):
     """Supervised fine-tuning on worked solutions, before any reinforcement: cross-entropy on the completion."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, bar = random.Random(config.seed), tqdm(range(config.sft_steps), desc="supervised warm-up")
+    rng, eos = random.Random(config.seed), [tokenizer.eos_token_id]
+    bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
     for step in bar:
         batch = rng.sample(problems, min(config.sft_batch, len(problems)))
         prompt_ids, prompt_mask = encode_prompts(tokenizer, batch, config.request, policy.device)
-        solutions = [tokenizer(p.solution, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
-                     for p in batch]
-        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_tensors="pt").to(policy.device)
-        mask, total = padded.attention_mask.bool(), 0.0
+        solutions = [tokenizer(problem.solution, add_special_tokens=False).input_ids + eos for problem in batch]
+        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_tensors="pt")
+        completion_ids, mask = (padded[key].to(policy.device) for key in ("input_ids", "attention_mask"))
+        mask, total = mask.bool(), 0.0
         for rows in micro_batches(prompt_mask, mask, config.micro_tokens):
             with autocast():
-                logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, padded.input_ids, mask, 1.0)
-            loss = -logp.sum() / mask.sum()
+                logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, completion_ids, mask, 1.0)
+            loss = -logp.sum() / mask.sum()   # mean over the tokens of the whole batch
             loss.backward()
             total += loss.item()
-        optimizer_step(optimizer, learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0), config.max_grad_norm)
+        lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
+        optimizer_step(optimizer, lr, config.max_grad_norm)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
 
 
@@ -250,7 +256,8 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
     with tqdm(total=config.max_new_tokens, desc="sampling", unit="token", delay=5, leave=False) as bar:
         hook = sampler.register_forward_hook(lambda *_: bar.update())   # one forward pass is one token a row
         prompt_ids, prompt_mask, samples, texts = sample_problems(
-            sampler, tokenizer, problems, config.request, G, config.max_new_tokens, config.temperature, generator)
+            sampler, tokenizer, problems, config.request, G, config.max_new_tokens,
+            config.temperature, generator)
         hook.remove()
     rewards = torch.tensor([accuracy_reward(text, problems[row // G].answer) for row, text in enumerate(texts)])
     rewards = rewards.view(len(problems), G)                                       # (B, G)
@@ -263,12 +270,12 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
 
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns metrics, as means over all its tokens (and over the mu passes).
+    """mu optimizer steps on one batch. Returns metrics: means over all its tokens, and over the mu passes.
 
     cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. Until the first
     optimizer step pi_theta is pi_old, so the first pass gives logp_old for free.
     """
-    in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask
+    in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
     tokens, tokens_in_loss = batch.mask.sum().item(), max(1, in_loss.sum().item())
     means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
@@ -278,21 +285,22 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
         for i, rows in enumerate(tqdm(cuts, desc="update", delay=5, leave=False)):
             with autocast():
                 logp, entropy, mask = score_rows(policy, rows, *batch[:4], config.temperature)   # (n, t)
+            t = mask.shape[1]
             if pass_number == 0:
                 # PAPER: pi_old is what the trainer computes for the sampled tokens, not what the sampler
                 # said. The two differ by rounding, in bf16 visibly; the gap is logged.
                 logp_old[i] = logp.detach()
-                gap = (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs()
+                gap = (logp_old[i] - batch.logp_sampler[rows, :t])[mask].abs()
                 means["gap"] += gap.sum().item() / tokens
                 means["entropy"] += entropy.sum().item() / tokens
-            mask = in_loss[rows, :mask.shape[1]]
+            loss_mask = in_loss[rows, :t]
             loss, diagnostics = grpo_loss(
-                logp, logp_old[i], logp_ref[i], batch.advantages[rows], mask, config.clip_low, config.clip_high,
-                config.kl_beta, config.aggregate, config.max_new_tokens, denominator)
+                logp, logp_old[i], logp_ref[i], batch.advantages[rows], loss_mask, config.clip_low,
+                config.clip_high, config.kl_beta, config.aggregate, config.max_new_tokens, denominator)
             loss.backward()
             means["loss"] += loss.item() / config.mu
             for name, value in diagnostics.items():
-                means[name] += value.item() * mask.sum().item() / tokens_in_loss / config.mu
+                means[name] += value.item() * loss_mask.sum().item() / tokens_in_loss / config.mu
         means["grad_norm"] += optimizer_step(optimizer, lr, config.max_grad_norm) / config.mu
     policy.eval()
     return means
@@ -300,17 +308,18 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
 
 # --- 5. The log -------------------------------------------------------------------------------------
 
-COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f", kl="8.4f",
-               clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e", tok_s="8.0f",
-               t_sample="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
+COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f",
+               kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e",
+               tok_s="8.0f", t_sample="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
 
 
 def print_metrics(metrics):
+    """One line of fixed columns, a heading above every twentieth."""
     if metrics["step"] % 20 == 1:
         print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in COLUMNS.items()))
     print(" ".join(format(metrics[name], spec) for name, spec in COLUMNS.items()), flush=True)
     if metrics["truncated"] > 0.5:
-        print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?", flush=True)
+        print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 
 
 def clock(device):
@@ -334,24 +343,27 @@ def peak_memory(device):
 # --- 6. Algorithm 1 ---------------------------------------------------------------------------------
 
 def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
-    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl; returns scores before and after."""
+    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl; returns scores before, after."""
+    device = policy.device
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
-    sampler = copy.deepcopy(policy).to(torch.bfloat16) if bf16 else policy
-    if config.activation_checkpointing:   # its name until transformers 5.22 comes second
+    sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
+    if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
-    generator, rng = torch.Generator(policy.device).manual_seed(config.seed), random.Random(config.seed)
+    generator, rng = torch.Generator(device).manual_seed(config.seed), random.Random(config.seed)
     step, total, queue = 0, config.iterations * config.steps, []
 
     @torch.no_grad()
     def renew_sampler():
-        for copied, weight in zip(sampler.parameters(), policy.parameters()) if bf16 else ():
-            copied.copy_(weight)
+        if sampler is not policy:
+            for copied, weight in zip(sampler.parameters(), policy.parameters()):
+                copied.copy_(weight)
 
     def evaluate_now():
         renew_sampler()
-        return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens, config.eval_samples,
-                                config.temperature, config.seed)[0] for split, rows in held_out.items()}
+        return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens,
+                                config.eval_samples, config.temperature, config.seed)[0]
+                for split, rows in held_out.items()}
 
     def record(metrics):
         with open(out / "metrics.jsonl", "a") as file:
@@ -360,40 +372,42 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
     before = after = evaluate_now()
     record({"step": 0, "eval": before})
     for split, scores in before.items():
-        print(f"before, {split} of domain:\n{score_table(scores)}", flush=True)
+        print(f"held out, {split}, before:\n{score_table(scores)}", flush=True)
     if config.mu == 1:
-        print("the loss is about beta * kl, as advantages add up to 0 in a group; watch reward and grad_norm instead")
+        print("the loss is about kl_beta * kl, as the advantages of a group add up to 0; watch the reward")
 
     for iteration in range(config.iterations):
         # pi_ref <- pi_theta
         renew_sampler()
         reference = copy.deepcopy(sampler) if config.kl_beta else None
         for _ in range(config.steps):
-            started = clock(policy.device)
+            start = clock(device)
             while len(queue) < config.questions:   # every problem once, then every problem once more
                 queue += rng.sample(problems, len(problems))
             questions, queue = queue[:config.questions], queue[config.questions:]
             # pi_old <- pi_theta; G completions of each question, their rewards and advantages
             renew_sampler()
             batch = sample_and_score(sampler, tokenizer, questions, config, generator)
-            sampled = clock(policy.device)
+            sampled = clock(device)
+            # what pi_ref says of them
             cuts = micro_batches(batch.prompt_mask, batch.mask, config.micro_tokens)
             with torch.no_grad():
-                logp_ref = [score_rows(reference, rows, *batch[:4], config.temperature)[0] if reference else None
+                logp_ref = [reference and score_rows(reference, rows, *batch[:4], config.temperature)[0]
                             for rows in cuts]
-            referred = clock(policy.device)
-            # mu updates on these samples
+            referred = clock(device)
+            # mu updates of pi_theta
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
             metrics = update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast)
             step += 1
 
             spread = batch.rewards.amax(dim=1) - batch.rewards.amin(dim=1)
+            lengths = batch.mask.sum(dim=1).float()
             metrics.update(
-                step=step, iteration=iteration, lr=lr, reward=batch.rewards.mean().item(),
-                zero_var=(spread < EQUAL_REWARDS).float().mean().item(),
-                length=batch.mask.sum(dim=1).float().mean().item(), truncated=batch.truncated.float().mean().item(),
-                tok_s=batch.mask.sum().item() / (sampled - started), t_sample=sampled - started,
-                t_ref=referred - sampled, t_update=clock(policy.device) - referred, mem_gb=peak_memory(policy.device))
+                step=step, iteration=iteration, reward=batch.rewards.mean().item(),
+                zero_var=(spread < EQUAL_REWARDS).float().mean().item(), length=lengths.mean().item(),
+                truncated=batch.truncated.float().mean().item(), lr=lr,
+                tok_s=lengths.sum().item() / (sampled - start), t_sample=sampled - start,
+                t_ref=referred - sampled, t_update=clock(device) - referred, mem_gb=peak_memory(device))
             print_metrics(metrics)
             if config.show_every and step % config.show_every == 0:
                 print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
@@ -401,12 +415,19 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
             if step == total or config.eval_every and step % config.eval_every == 0:
                 metrics["eval"] = after = evaluate_now()
                 for split, scores in after.items():
-                    print(f"held out, {split} of domain: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+                    print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
             record(metrics)
     return before, after
 
 
 def save(policy, tokenizer, folder):
+    """A folder for from_pretrained: float32 weights, the tokenizer with its chat template, all EOS ids.
+
+    Sampling settings that came with the model (top_k, top_p, ...) are left out: it was trained without them,
+    and some combinations cannot be saved.
+    """
+    policy.generation_config = GenerationConfig(
+        eos_token_id=sorted(eos_token_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)
     policy.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -420,12 +441,15 @@ def free_folder(path):
 def main(argv):
     started, config = time.time(), parse_config(argv)
     # Whatever can be wrong with the input is found out first; only then is anything written.
-    out = Path(config.out) if config.out else free_folder(Path(f"runs/{Path(config.problems).stem}-{config.seed}"))
+    out = Path(config.out or free_folder(Path(f"runs/{Path(config.problems).stem}-{config.seed}")))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is not empty, and nothing is overwritten: name another folder")
     device, bf16 = pick_device(config.device)
     torch.manual_seed(config.seed)
-    policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
+    if config.model:
+        policy, tokenizer = load_model(config.model, device)
+    else:
+        policy, tokenizer = make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config)
     for rows in (problems, *held_out.values()):
         check_room(policy, tokenizer, rows, config.request, config.max_new_tokens)
@@ -433,10 +457,10 @@ def main(argv):
     out.mkdir(parents=True, exist_ok=True)
     settings = dataclasses.asdict(config)
     (out / "run.json").write_text(json.dumps({
-        "command": [sys.executable, "train.py", *argv], "config": settings, "seed": config.seed, "versions": VERSIONS,
+        "command": ["train.py", *argv], "config": settings, "seed": config.seed, "versions": VERSIONS,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; the run goes to {out}")
-    autocast = (lambda: torch.autocast("cuda", torch.bfloat16)) if bf16 else nullcontext
+    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     try:
         if config.sft_steps:
             warm_up(policy, tokenizer, worked, config, autocast)
@@ -455,7 +479,7 @@ def main(argv):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
                      for scores in (before[split], after[split])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {seconds:.0f} s; to evaluate: python eval.py --model {out} --problems {config.problems}")
+    print(f"saved after {seconds:.0f} s: python eval.py --model {out} --problems {config.problems}")
 
 
 if __name__ == "__main__":

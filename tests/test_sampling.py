@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import grpo
-from grpo import head_is_plain, sample_groups, token_logprobs
+from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
 from helpers import tiny_model
 
 EOS, PAD = [2, 3], 0   # two ids that end a completion
@@ -208,7 +208,7 @@ def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, pro
 
 
 def test_a_bf16_model_gives_float32_logprobs(llama, prompts):
-    model = copy.deepcopy(llama).bfloat16()
+    model = bf16_weights(copy.deepcopy(llama))
     samples = sample_groups(model, *prompts, 2, 8, EOS, PAD, generator=torch.Generator().manual_seed(0))
     logp, entropy = rescore(model, prompts, samples, 1.0, group_size=2)
     assert samples.logp.dtype == logp.dtype == entropy.dtype == torch.float32
@@ -218,3 +218,10 @@ def test_a_bf16_model_gives_float32_logprobs(llama, prompts):
     one = lambda x: x[:1].expand(40, -1)
     logp, _ = token_logprobs(model, one(ids), one(mask), every, torch.ones(40, 1).bool(), 1.0)
     assert abs(logp.exp().sum().item() - 1) < 1e-5
+
+
+def test_rotary_frequencies_stay_float32(llama):
+    model = bf16_weights(copy.deepcopy(llama))
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(model.buffers(), llama.buffers()))
+    assert list(llama.buffers())

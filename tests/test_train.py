@@ -1,12 +1,12 @@
 """The options, the loop and the files of a run. The slow end of the suite: here models are trained."""
 
+import contextlib
 import dataclasses
 import json
 import re
 import signal
 import subprocess
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,12 +70,12 @@ BAD = {
     "unknown option": (["--learning-rate", "1"], "unrecognized arguments"),
     "unknown choice": (["--aggregate", "mean"], "invalid choice"),
     "no model folder": (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
-    "tiny model on GSM8K": (["--problems", "gsm8k"], "name a --model"),
+    "tiny model on GSM8K": (["--problems", "gsm8k"], "needs a --model"),
     "no problems": (["--model", "CHAT", "--problems", "nothing.jsonl"], "neither|no problems"),
     "bad JSON": (["--model", "CHAT", "--problems", "broken.jsonl"], "broken.jsonl, line 3: not JSON"),
     "no answer": (["--model", "CHAT", "--problems", "unanswered.jsonl"], "unanswered.jsonl, line 2: no question or no answer"),
     "empty file": (["--model", "CHAT", "--problems", "empty.jsonl"], "empty.jsonl is empty"),
-    "one problem": (["--model", "CHAT", "--problems", "one.jsonl"], "too small to hold some problems out"),
+    "one problem": (["--model", "CHAT", "--problems", "one.jsonl"], "too small to hold some out"),
     "no solutions": (["--model", "CHAT", "--problems", "plain.jsonl", "--sft-steps", "5"], "--sft-steps needs worked"),
     "taken folder": (["--out", "taken"], "--out taken is not empty"),
     "device": (["--device", "mps"], "no MPS"),
@@ -164,7 +164,7 @@ def test_the_update_does_not_depend_on_micro_batches(chat_folder, story_file, ag
         cuts = micro_batches(batch.prompt_mask, batch.mask, micro_tokens)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         metrics = train.update(policy, optimizer, batch, cuts, [None] * len(cuts), dataclasses.replace(config, kl_beta=0.0),
-                               0.1, nullcontext)
+                               0.1, contextlib.nullcontext)
         results.append((metrics, [p.detach().clone() for p in policy.parameters()], len(cuts)))
     assert [r[2] for r in results][0] == 12 and results[2][2] == 1
     for metrics, weights, _ in results[1:]:
@@ -186,7 +186,7 @@ def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file
 
     monkeypatch.setattr(train, "grpo_loss", spy)
     metrics = train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch, cuts, [None] * len(cuts), config,
-                           1.0, nullcontext)
+                           1.0, contextlib.nullcontext)
     assert len(cuts) > 1 and len(calls) == 3 * len(cuts)
     first, second, third = (calls[i * len(cuts):(i + 1) * len(cuts)] for i in range(3))
     for (a, old_a, grad_a), (b, old_b, _), (c, old_c, _) in zip(first, second, third):
@@ -219,7 +219,7 @@ def test_a_run_leaves_complete_files(short_run):
     run, summary = (json.loads((short_run / name).read_text()) for name in ("run.json", "summary.json"))
     assert run["config"] == summary["config"] == dataclasses.asdict(Config(**run["config"]))
     assert run["seed"] == summary["seed"] == 0 and {"torch", "transformers", "python"} <= set(run["versions"])
-    assert run["command"][2:] == [*SHORT_RUN, "--out", str(short_run)]
+    assert run["command"] == ["train.py", *SHORT_RUN, "--out", str(short_run)]
     for moment in ("before", "after"):
         assert set(summary[moment]) == {"in", "out"}
         for scores in summary[moment].values():
@@ -269,6 +269,24 @@ def test_runs_take_the_next_free_folder(tmp_path, monkeypatch):
     assert sorted(path.name for path in Path("runs").iterdir()) == ["arithmetic-0", "arithmetic-0-2"]
 
 
+def test_the_bf16_path(tmp_path, monkeypatch):
+    """What a GPU does, on the CPU: float32 master weights, a bf16 copy that samples, bf16 autocast, a bf16 reference."""
+    seen = set()
+    monkeypatch.setattr(train, "pick_device", lambda name: (torch.device("cpu"), True))
+    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    monkeypatch.setattr(train, "sample_problems", lambda model, *rest, original=train.sample_problems: (
+        seen.add(next(model.parameters()).dtype), original(model, *rest))[1])
+    monkeypatch.setattr(train, "grpo_loss", lambda *tensors, original=train.grpo_loss: (
+        seen.add((tensors[0].dtype, tensors[1].dtype, tensors[2].dtype)), original(*tensors))[1])
+    train.main([*SHORT, "--steps", "4", "--lr-warmup", "0", "--sft-steps", "20", "--out", str(tmp_path / "run")])
+    assert seen == {torch.bfloat16, (torch.float32,) * 3}
+    rows = rows_of(tmp_path / "run")[1:]
+    assert all(0 < row["gap"] < 0.1 for row in rows)               # the copy is renewed at every step
+    assert 0 <= rows[0]["kl"] < 1e-3 and rows[3]["kl"] > rows[0]["kl"]
+    weights = AutoModelForCausalLM.from_pretrained(tmp_path / "run").state_dict()["lm_head.weight"]
+    assert weights.dtype == torch.float32 and not torch.equal(weights, weights.bfloat16().float())
+
+
 @pytest.mark.parametrize("flags", [
     ["--kl-beta", "0"], ["--aggregate", "token", "--clip-high", "0.28"], ["--activation-checkpointing"],
     ["--aggregate", "constant", "--scale-rewards", "none"], ["--mask-truncated", "--max-new-tokens", "9"],
@@ -315,6 +333,8 @@ def test_a_hostile_generation_config_does_not_stop_a_run(tmp_path, story_file):
     (folder / "generation_config.json").write_text(json.dumps(hostile))
     train.main(["--model", str(folder), "--problems", str(story_file), "--steps", "1", "--questions", "2", "--group-size", "4",
                 "--max-new-tokens", "16", "--eval-samples", "2", "--out", str(tmp_path / "run")])
+    saved = json.loads((tmp_path / "run" / "generation_config.json").read_text())
+    assert len(saved["eos_token_id"]) == 2 and not {"top_k", "top_p", "temperature", "repetition_penalty"} & set(saved)
     (row,) = rows_of(tmp_path / "run")[1:]
     assert row["gap"] < 1e-4 and row["length"] > 2 and row["entropy"] > 1
 
