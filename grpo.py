@@ -352,17 +352,15 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     if logp.shape != mask.shape or advantages.shape not in (mask.shape, mask.shape[:1] + (1,)):
         raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, mask {tuple(mask.shape)}, "
                          f"advantages {tuple(advantages.shape)}")
-    # TRAP: padding goes out before the arithmetic, not after: 0 * inf and 0 * nan are nan.
-    logp, logp_old = logp.masked_fill(~mask, 0.0), logp_old.masked_fill(~mask, 0.0)
-
     objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)   # (N, T)
     diagnostics = {}
     if logp_ref is not None:
-        kl = kl_estimate(logp, logp_ref.masked_fill(~mask, 0.0))                # (N, T)
+        kl = kl_estimate(logp, logp_ref)                                        # (N, T)
         diagnostics["kl"] = masked_mean(kl.detach(), mask)
         objective = objective - kl_beta * kl
+    # TRAP: masked_fill, not `* mask`: where padding holds inf or nan, 0 times it is nan
+    # (test_padding_may_hold_anything).
     objective = objective.masked_fill(~mask, 0.0)
-
     per_completion = objective.sum(dim=1)                                       # (N,) the sum over t
     if aggregate == "sequence":
         per_completion = per_completion / mask.sum(dim=1).clamp(min=1)          # times 1/|o_i|

@@ -479,7 +479,7 @@ def main(argv):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
                      for scores in (before[split], after[split])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {seconds:.0f} s: python eval.py --model {out} --problems {config.problems}")
+    print(f"saved after {seconds:.0f} s; to evaluate it or to go on from it, give --model {out}")
 
 
 if __name__ == "__main__":
