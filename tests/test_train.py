@@ -271,14 +271,24 @@ def test_runs_take_the_next_free_folder(tmp_path, monkeypatch):
 
 def test_the_bf16_path(tmp_path, monkeypatch):
     """What a GPU does, on the CPU: float32 master weights, a bf16 copy that samples, bf16 autocast, a bf16 reference."""
-    seen = set()
+    seen, copied, deepcopy = set(), [], train.copy.deepcopy
+
+    def copying(model):   # first the policy, for the sampler; then the sampler, for the reference of each iteration
+        copied.append(model)
+        assert len(copied) == 1 or all(torch.equal(a, b.bfloat16())
+                                       for a, b in zip(model.parameters(), copied[0].parameters()))
+        return deepcopy(model)
+
+    monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=copying))
     monkeypatch.setattr(train, "pick_device", lambda name: (torch.device("cpu"), True))
     monkeypatch.setattr(train, "accuracy_reward", parity_reward)
     monkeypatch.setattr(train, "sample_problems", lambda model, *rest, original=train.sample_problems: (
         seen.add(next(model.parameters()).dtype), original(model, *rest))[1])
     monkeypatch.setattr(train, "grpo_loss", lambda *tensors, original=train.grpo_loss: (
         seen.add((tensors[0].dtype, tensors[1].dtype, tensors[2].dtype)), original(*tensors))[1])
-    train.main([*SHORT, "--steps", "4", "--lr-warmup", "0", "--sft-steps", "20", "--out", str(tmp_path / "run")])
+    train.main([*SHORT, "--steps", "4", "--iterations", "2", "--lr-warmup", "0", "--eval-every", "0", "--out",
+                str(tmp_path / "run")])
+    assert len(copied) == 3
     assert seen == {torch.bfloat16, (torch.float32,) * 3}
     rows = rows_of(tmp_path / "run")[1:]
     assert all(0 < row["gap"] < 0.1 for row in rows)               # the copy is renewed at every step
