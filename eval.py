@@ -58,10 +58,9 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
 
-    A worked solution goes line by line, and the corpus has two habits, chosen anew at every line: four
-    times in ten it takes one term ("7+5=12") and gets it right, else it takes two at once ("7+5-4=9")
-    and guesses, within 3 of the truth. A model trained on it can compute but mostly does not;
-    reinforcement learning has to find out that the careful habit pays.
+    A worked solution has two habits, and chooses at every line: four times in ten it takes one term
+    ("7+5=12") and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. A model
+    trained on it can compute but mostly does not; RL has to find out that the careful habit pays.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
     rng, problems = random.Random(f"arithmetic {split}"), []
@@ -94,7 +93,7 @@ def fetch(url, sha256, name):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise InputError(f"{path} has changed: its SHA-256 is not {sha256}; delete it and try again")
     except (OSError, RuntimeError) as error:   # RuntimeError: what came has the wrong checksum
-        raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand") from error
+        raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand")
     return path
 
 
@@ -103,21 +102,20 @@ def read_problems(path):
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
+        raise InputError(f"{path} cannot be read: {error}")
     problems = []
     for number, line in ((n, line) for n, line in enumerate(lines, start=1) if line.strip()):
         try:
-            row, wrong = json.loads(line), "no question or no answer"
-        except ValueError as error:
-            row, wrong = None, f"not JSON ({error})"
-        row = row if isinstance(row, dict) else {}
-        question, answer = row.get("question", row.get("problem")), row.get("answer")
-        if question in (None, "") or answer in (None, ""):
+            row, wrong = dict(json.loads(line)), "no question or no answer"
+        except (ValueError, TypeError) as error:
+            row, wrong = {}, f"not a JSON object ({error})"
+        question, answer = str(row.get("question") or row.get("problem") or ""), row.get("answer")
+        solution, mark, gold = ("" if answer is None else str(answer)).rpartition("#### ")
+        if not question.strip() or not gold.strip():
             raise InputError(f'{path}, line {number}: {wrong}; want {{"question": "1+1?", "answer": "2"}}')
-        solution, mark, gold = str(answer).rpartition("#### ")
         if mark:   # as in GSM8K: drop its calculator notes, <<48/2=24>>, and mark the answer as we ask for it
             solution = re.sub(r"<<[^<>]*>>", "", solution) + f"\\boxed{{{gold.strip()}}}"
-        problems.append(Problem(str(question), gold.strip(), solution))
+        problems.append(Problem(question, gold.strip(), solution))
     if not problems:
         raise InputError(f"{path} is empty; each of its lines should hold a question and an answer")
     return problems
@@ -145,7 +143,7 @@ def pick_device(name):
     if name == "cpu" or not cuda:
         return torch.device("cpu"), False
     bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    print("bf16 where it is safe" if bf16 else "this GPU is older than sm80: float32 everywhere")
+    print("weights for sampling in bf16" if bf16 else "this GPU is older than sm80: float32 everywhere")
     return torch.device("cuda"), bf16
 
 
@@ -155,23 +153,24 @@ def load_model(name, device):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         for part in (config, config.get_text_config()):
             for key, value in vars(part).items():   # TRAP: with dropout, train() is another policy than eval()
-                if isinstance(value, float) and ("dropout" in key or "pdrop" in key):
+                if isinstance(value, float) and ("drop" in key or "jitter" in key):
                     setattr(part, key, 0.0)
         # TRAP: without dtype= a bf16 checkpoint stays bf16, where a step of lr 1e-6 moves 2% of the
         # weights (test_one_small_step_moves_nearly_all_weights).
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise InputError(f"--model {name} cannot be loaded: {reason}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"--model {name}: its tokenizer has no EOS token, so no completion could end")
+    except Exception as error:   # a broken folder may fail in any way
+        raise InputError(f"--model {name} cannot be loaded: {repr(error).splitlines()[0]}")
+    if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
+        raise InputError(f"--model {name}: its tokenizer is missing, or has no EOS token to end a completion")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
     model = model.to(device).eval()
-    # Does it fit our sampler? Sample a few tokens, score them again, and see whether the two agree.
+    # Does it fit our sampler? Sample groups that end early, score them again: the two must agree.
     ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
     try:
-        samples = sample_groups(model, ids, ids > 0, 1, 4, eos_ids=[], pad_id=0, temperature=0)
+        eos_token_ids(model, tokenizer)   # a chat template may fail, too
+        samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)
         with torch.no_grad():
+            ids = ids.repeat_interleave(2, dim=0)
             logp, _ = token_logprobs(model, ids, ids > 0, samples.completion_ids, samples.mask, 1.0)
         reason = f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}"
         fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
@@ -196,8 +195,8 @@ def eos_token_ids(model, tokenizer):
     if tokenizer.chat_template:   # which special token does the template put behind an answer?
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
-        first = tokenizer(behind, add_special_tokens=False).input_ids[:1]
-        ids |= set(first) & (set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder))
+        special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
+        ids |= set([i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special][:1])
     return ids - {None}
 
 
@@ -209,7 +208,8 @@ def build_prompt(tokenizer, question, request):
                                             tokenize=True, return_dict=False)
     else:
         ids = tokenizer(text + "\n", add_special_tokens=False).input_ids
-    # TRAP: the template's BOS and the tokenizer's make two, which the model has never seen.
+    # TRAP: a BOS of the template and one of the tokenizer make two, which the model has never seen. So
+    # if either wants one, put exactly one in front (test_exactly_one_bos_where_the_model_has_one).
     bos = tokenizer.bos_token_id
     wanted = bos is not None and bos in ids[:1] + tokenizer("Q").input_ids[:1]
     while wanted and ids[:1] == [bos]:
@@ -223,14 +223,14 @@ def check_room(model, tokenizer, problems, request, max_new_tokens):
     longest = max(len(build_prompt(tokenizer, problem.question, request)) for problem in problems)
     if longest + max_new_tokens > room:
         raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
-                         f"so --max-new-tokens can be at most {room - longest}, not {max_new_tokens}")
+                         f"which leaves {room - longest} for --max-new-tokens, not {max_new_tokens}")
 
 
 def encode_prompts(tokenizer, problems, request, device):
-    """Prompts of B problems: ids and mask, both (B, P), padded on the left: completions start at column P."""
+    """Prompts of B problems, padded on the left so that completions start at column P: ids, mask (B, P)."""
     prompts = {"input_ids": [build_prompt(tokenizer, problem.question, request) for problem in problems]}
-    padded = tokenizer.pad(prompts, padding_side="left", return_tensors="pt").to(device)
-    return padded.input_ids, padded.attention_mask
+    padded = tokenizer.pad(prompts, padding_side="left", return_attention_mask=True, return_tensors="pt")
+    return padded.input_ids.to(device), padded.attention_mask.to(device)
 
 
 def sample_problems(model, tokenizer, problems, request, group_size, max_new_tokens, temperature, generator):
@@ -247,11 +247,11 @@ def sample_problems(model, tokenizer, problems, request, group_size, max_new_tok
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
 
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943), else the mean -+ 1.96 standard errors. The K
-    samples of one question are not independent, so their mean is one score: n counts questions.
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean -+ 1.96 standard errors. The K
+    samples of a question depend on each other, so their mean is one score: n counts questions.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
-    if set(scores) <= {0, 1}:
+    if set(scores) <= {0, 1} or len(set(scores)) == 1:
         centre, scale = mean + z * z / (2 * n), 1 + z * z / n
         half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
         return (centre - half) / scale, (centre + half) / scale
@@ -270,38 +270,35 @@ def majority(answers, gold):
 
 def last_number(text):
     """The last number in a text, marked or not, or "": what lm-evaluation-harness calls flexible-extract."""
-    numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:])
-    return numbers[-1].rstrip(",") if numbers else ""
+    return ([""] + re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:]))[-1].rstrip(",")
 
 
-def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0,
-             rows=256):
-    """Greedy accuracy, and that of K = `samples` samples each, `rows` completions at a time.
+def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0):
+    """Greedy accuracy, and that of K = `samples` samples each, 256 completions at a time.
 
     Returns scores: n, and for greedy, sampled (the mean of K), maj@K and pass@K the value and its interval;
     for greedy and sampled also the shares of flexible (last number right), truncated and unparsable. And
     records: {"greedy": [...], "sampled": [...]}, a dict per completion, those of a problem in a row.
     """
     scores, records = {"n": len(problems)}, {}
-    for kind, K, heat in (("greedy", 1, 0.0), ("sampled", samples, temperature))[:1 + (samples > 0)]:
+    for kind, K, T in [("greedy", 1, 0.0)] + [("sampled", samples, temperature)] * (samples > 0):
         generator = torch.Generator(model.device).manual_seed(seed)   # the same draws before and after
-        graded, at_once = records.setdefault(kind, []), max(1, rows // K)
+        graded, at_once = records.setdefault(kind, []), max(1, 256 // K)
         for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
             batch = problems[start:start + at_once]
-            _, _, drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens,
-                                                 heat, generator)
+            drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens, T, generator)[2:]
             for row, text in enumerate(texts):
                 (question, gold, _), answer = batch[row // K], extract_answer(text)
-                reward = accuracy_reward(text, gold)
-                verdict = "right" if reward else "unparsable" if answer is None else "wrong"
-                graded.append(dict(question=question, gold=gold, completion=text, answer=answer, reward=reward,
-                                   verdict=verdict, truncated=drawn.truncated[row].item(),
-                                   flexible=is_equivalent(last_number(text), gold)))
+                right = accuracy_reward(text, gold)
+                graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
+                               "verdict": "right" if right else "unparsable" if answer is None else "wrong",
+                               "right": right, "truncated": drawn.truncated[row].item(),
+                               "flexible": is_equivalent(last_number(text), gold)})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
-        measures = {kind: [fmean(row["reward"] for row in g) for g in groups]}
+        measures = {kind: [fmean(row["right"] for row in g) for g in groups]}
         if kind == "sampled":
             measures[f"maj@{K}"] = [majority([row["answer"] for row in g], g[0]["gold"]) for g in groups]
-            measures[f"pass@{K}"] = [max(row["reward"] for row in g) for g in groups]
+            measures[f"pass@{K}"] = [max(row["right"] for row in g) for g in groups]
         for name, values in measures.items():
             scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
         scores[f"{kind}_flexible"] = fmean(row["flexible"] for row in graded)
@@ -314,8 +311,9 @@ def score_table(scores):
     """The scores of `evaluate` as lines of text."""
     lines = [f"n = {scores['n']:<8}accuracy  95% interval      flexible  truncated unparsable"]
     for name in [key.removesuffix("_interval") for key in scores if key.endswith("_interval")]:
+        low, high = scores[f"{name}_interval"]
         shares = [scores.get(f"{name}_{share}") for share in ("flexible", "truncated", "unparsable")]
-        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"])
+        lines.append(f"{name:<12}{scores[name]:>8.1%}  {low:>6.1%} - {high:<6.1%}"
                      + "".join(f"{share:>11.1%}" for share in shares if share is not None))
     return "\n".join(lines)
 
@@ -328,12 +326,15 @@ class Parser(argparse.ArgumentParser):
 
 
 def run_cli(main):
-    """Run a main function; an InputError becomes one line on stderr and exit status 1."""
+    """Run a main function; what the user can mend becomes one line on stderr and exit status 1."""
     transformers.utils.logging.disable_progress_bar()
+    sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
     try:
         main(sys.argv[1:])
-    except InputError as error:
+    except (InputError, OSError) as error:
         sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def main(argv):
@@ -363,6 +364,7 @@ def main(argv):
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
     check_room(model, tokenizer, problems, request, args.max_new_tokens)
+    out.parent.mkdir(parents=True, exist_ok=True)
     scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, request,
                                args.max_new_tokens, args.samples, args.temperature, args.seed)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
@@ -370,9 +372,7 @@ def main(argv):
         row = next((row for rows in records.values() for row in rows if row["verdict"] == verdict), None)
         if row:
             print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"arguments": vars(args), "versions": VERSIONS, "scores": scores, "records": records}
-    out.write_text(json.dumps(result, indent=1))
+    out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, records=records)))
     print(f"all of it is in {out}")
 
 

@@ -5,6 +5,9 @@ breath: sample a group of G completions for each question, score each of them, c
 did better than the rest of its own group, and make the tokens of good completions likelier, not too far at
 once (the clip) and not too far from where we started (the KL term).
 
+A policy is a language model seen as a chooser of tokens: pi(o_t | q, o_<t) is the probability it gives to
+token o_t after question q and the tokens before. EOS is the token that ends a completion.
+
 This file knows no text, file or option: reward.py turns text into numbers, eval.py holds the problems,
 train.py is the loop (Algorithm 1). Read it from top to bottom; the last function is eq. 3.
 
@@ -14,8 +17,8 @@ train.py is the loop (Algorithm 1). Read it from top to bottom; the last functio
     r_i          rewards                    (B, G)   one number per completion
     A_hat[i,t]   advantages                 (N, T)   how much better than its group; (N,) if alike for all t
     pi_theta     logp                       (N, T)   log-probs of the policy that is trained
-    pi_old       logp_old                   (N, T)   ... of the policy that sampled the completions
-    pi_ref       logp_ref                   (N, T)   ... of the frozen reference
+    pi_old       logp_old                   (N, T)   ... of the policy as it was when it sampled them
+    pi_ref       logp_ref                   (N, T)   ... of the reference, a frozen copy of the policy
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the groups back.
@@ -224,15 +227,15 @@ def head_is_plain(model):
         return model._head_is_plain
     head, seen = model.get_output_embeddings(), {}
 
-    def answer(module, inputs, output):
-        known = torch.arange(output.shape[-1], device=output.device) % 17 * 8.0 - 64   # -64 ... 64
-        seen["hidden"], seen["logits"] = inputs[0], known.to(output.dtype)
+    def replace_logits(module, inputs, output):
+        fake = torch.arange(output.shape[-1], device=output.device) % 17 * 8.0 - 64   # -64, -56, ..., 64
+        seen["hidden"], seen["logits"] = inputs[0], fake.to(output.dtype)
         return seen["logits"].expand_as(output)
 
     model._head_is_plain = False
     if head is not None and model.base_model is not model:
         ids = torch.zeros(1, 2, dtype=torch.long, device=head.weight.device)
-        handle = head.register_forward_hook(answer)
+        handle = head.register_forward_hook(replace_logits)
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0, -1]
         finally:
@@ -266,7 +269,8 @@ def outcome_advantages(rewards, scale="std"):
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
-    # TRAP: rewards equal but for float noise would be divided by that noise, and become +-1.
+    # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny std
+    # they would become up to +-1 (test_equal_rewards_give_exactly_zero).
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
 
@@ -277,8 +281,9 @@ def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
 
     It is 0 where the two agree and positive elsewhere: for pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307.
-    Its mean over samples from pi is KL(pi || pi_ref): that is what "unbiased" means in the paper. Its
-    gradient is another matter: as a loss on such samples it has the gradient of KL(pi_ref || pi).
+    Averaged over samples from pi it equals KL(pi || pi_ref): that is what "unbiased" means in the paper.
+    Differentiated as a loss on those samples, it has the gradient of KL(pi_ref || pi) instead
+    (test_gradient_of_the_kl_term_is_that_of_the_reverse_kl).
     """
     # PAPER: eq. 4 has no clamp. Without one, a token of log-ratio 100 makes the whole step inf or nan.
     log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

@@ -12,7 +12,8 @@ Conventions (each is a choice; change it here and the tests will tell you what m
   * "18 or 20" and "17, 18" are no numbers, so they do not equal 18.
   * An answer of 50% equals a gold answer of 1/2, 0.5 and 50%, and also 50, read as a unit.
     An answer of 50 does not equal a gold answer of 50% or 0.5.
-  * One word behind an answer's number is a unit and is dropped ("18 dollars"), if the gold has no word.
+  * One word behind an answer's number is a unit and is dropped ("18 dollars"), if the gold has none, and
+    unless it is a letter or says how many ("18 thousand").
 """
 
 import re
@@ -76,7 +77,7 @@ _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s?\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _NUMBER = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:/(\d+))?(%?)")
 _FRAC = re.compile(r"([+-]?)\\frac\{([+-]?\d+)\}\{(\d+)\}(%?)")
-_UNIT = re.compile(r"(\S*\d\S*)\s+([A-Za-z]+)")
+_NO_UNITS = {"or", "and", "not", "of", "plus", "minus", "dozen", "hundred", "thousand", "million", "billion"}
 
 
 def clean(text):
@@ -122,9 +123,9 @@ def is_equivalent(answer, gold):
     answer, gold = clean(answer), clean(gold)
     if not answer or not gold:
         return False
-    unit = _UNIT.fullmatch(answer)
-    if unit and not _UNIT.fullmatch(gold):
-        answer = unit.group(1)
+    number, _, unit = answer.partition(" ")
+    if len(unit) > 1 and unit.isalpha() and unit.casefold() not in _NO_UNITS and " " not in gold:
+        answer = number
     a, g = parse_number(answer), parse_number(gold)
     if a is None or g is None:
         return answer.casefold() == gold.casefold()

@@ -83,7 +83,7 @@ class Config:
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
 
 
-# What differs for the built-in problems. The tiny model wants a larger learning rate than a real one.
+# What differs when no --model is given. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
                sft_steps=1000, sft_lr=4e-3, eval_every=20, show_every=20)
 
@@ -106,13 +106,10 @@ def parse_config(argv):
     model, problems = given.get("model"), given.get("problems")
     if not model and problems not in (None, "arithmetic"):
         raise InputError(f"the built-in model knows only arithmetic: --problems {problems} needs a --model")
-    defaults = BUILTIN if problems == "arithmetic" or not model else {}
-    if model:   # it has been warmed up already
-        defaults = {**defaults, "sft_steps": 0}
-    config = Config(**{**defaults, **given})
+    config = Config(**{**({} if model else BUILTIN), **given})
     for field in dataclasses.fields(Config):
         flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
-        if meta["least"] is not None and not meta["least"] <= value < math.inf:
+        if meta["least"] is not None and not meta["least"] <= value < 2 ** 63:
             raise InputError(f"{flag} must be at least {meta['least']}, not {value} ({meta['help']})")
         if meta["above"] is not None and not meta["above"] < value < math.inf:
             raise InputError(f"{flag} must be above {meta['above']}, not {value} ({meta['help']})")
@@ -148,18 +145,18 @@ def gather_problems(config):
 
     "in" is the domain of the training; "out", longer problems, exists for the built-in ones only.
     """
-    problems, rng = load_problems(config.problems, "train"), random.Random(config.seed)
+    problems = load_problems(config.problems, "train")
     worked = load_problems("arithmetic", "sft") if config.problems == "arithmetic" else problems
     named = config.eval_problems or config.problems
     if named == "arithmetic":
         held_out = {split: load_problems(named, split) for split in ("in", "out")}
     elif named == "gsm8k" or config.eval_problems:
         held_out = {"in": load_problems(named, "test")}
-    else:   # a user's own file: a tenth of it is never trained on
-        problems = rng.sample(problems, len(problems))
+    else:   # a user's own file: a tenth of it is never trained on, the same tenth for every seed
         cut = min(math.ceil(len(problems) / 10), config.eval_limit)
-        held_out, problems = {"in": problems[:cut]}, problems[cut:]
-        worked = problems
+        held_out = {"in": random.Random(0).sample(problems, cut)}
+        questions = {problem.question for problem in held_out["in"]}
+        problems = worked = [problem for problem in problems if problem.question not in questions]
     worked = [problem for problem in worked if problem.solution]
     if not problems:
         raise InputError(f"{config.problems} is too small to hold some out: add some, or give --eval-problems")
@@ -188,10 +185,11 @@ def micro_batches(prompt_mask, mask, limit):
 
     Sorted by length, so that long rows are among themselves and few tokens are padding.
     """
-    lengths = (prompt_mask.sum(dim=1) + mask.sum(dim=1)).tolist()
+    p, t = prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
-    for row in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if cuts[-1] and (len(cuts[-1]) + 1) * lengths[row] > limit:
+    for row in sorted(range(len(t)), key=lambda row: p[row] + t[row]):
+        rows = cuts[-1] + [row]
+        if cuts[-1] and len(rows) * (max(p[r] for r in rows) + max(t[r] for r in rows)) > limit:
             cuts.append([])
         cuts[-1].append(row)
     return cuts
@@ -218,7 +216,8 @@ def learning_rate(step, steps, peak, warmup, end):
 def optimizer_step(optimizer, lr, max_grad_norm):
     """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
     (group,) = optimizer.param_groups
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    # error_if_nonfinite: a single nan would spread to all weights in this very step
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm, error_if_nonfinite=True)
     group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
@@ -229,12 +228,14 @@ def warm_up(policy, tokenizer, problems, config, autocast):
     """Supervised fine-tuning on worked solutions, before any reinforcement: cross-entropy on the completion."""
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
     rng, eos = random.Random(config.seed), [tokenizer.eos_token_id]
+    policy.train()
     bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
     for step in bar:
         batch = rng.sample(problems, min(config.sft_batch, len(problems)))
         prompt_ids, prompt_mask = encode_prompts(tokenizer, batch, config.request, policy.device)
         solutions = [tokenizer(problem.solution, add_special_tokens=False).input_ids + eos for problem in batch]
-        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_tensors="pt")
+        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_attention_mask=True,
+                               return_tensors="pt")
         completion_ids, mask = (padded[key].to(policy.device) for key in ("input_ids", "attention_mask"))
         mask, total = mask.bool(), 0.0
         for rows in micro_batches(prompt_mask, mask, config.micro_tokens):
@@ -246,6 +247,7 @@ def warm_up(policy, tokenizer, problems, config, autocast):
         lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
         optimizer_step(optimizer, lr, config.max_grad_norm)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
+    policy.eval()
 
 
 # --- 4. One step of GRPO ----------------------------------------------------------------------------
@@ -270,10 +272,11 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
 
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns metrics: means over all its tokens, and over the mu passes.
+    """mu optimizer steps on one batch. Returns metrics as means: gap and entropy over all tokens, in the first
+    pass; kl and clip_share over the tokens in the loss, in all passes.
 
-    cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. Until the first
-    optimizer step pi_theta is pi_old, so the first pass gives logp_old for free.
+    cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
+    the weights are still those that sampled, so its log-probs are logp_old, and later passes reuse them.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
@@ -342,13 +345,11 @@ def peak_memory(device):
 
 # --- 6. Algorithm 1 ---------------------------------------------------------------------------------
 
-def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
-    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl; returns scores before, after."""
+def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, summary):
+    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl, and the scores into `summary`."""
     device = policy.device
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
-    if config.activation_checkpointing:   # until transformers 5.22 it has the second name
-        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
     generator, rng = torch.Generator(device).manual_seed(config.seed), random.Random(config.seed)
     step, total, queue = 0, config.iterations * config.steps, []
@@ -369,12 +370,12 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
         with open(out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
-    before = after = evaluate_now()
-    record({"step": 0, "eval": before})
-    for split, scores in before.items():
+    summary["before"] = summary["after"] = evaluate_now()
+    record({"step": 0, "eval": summary["before"]})
+    for split, scores in summary["before"].items():
         print(f"held out, {split}, before:\n{score_table(scores)}", flush=True)
     if config.mu == 1:
-        print("the loss is about kl_beta * kl, as the advantages of a group add up to 0; watch the reward")
+        print("the loss stays near 0 because the advantages of a group add up to 0; its gradient does not")
 
     for iteration in range(config.iterations):
         # pi_ref <- pi_theta
@@ -392,8 +393,8 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
             # what pi_ref says of them
             cuts = micro_batches(batch.prompt_mask, batch.mask, config.micro_tokens)
             with torch.no_grad():
-                logp_ref = [reference and score_rows(reference, rows, *batch[:4], config.temperature)[0]
-                            for rows in cuts]
+                logp_ref = [None if reference is None else
+                            score_rows(reference, rows, *batch[:4], config.temperature)[0] for rows in cuts]
             referred = clock(device)
             # mu updates of pi_theta
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
@@ -413,11 +414,10 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16):
                 print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
                       f"--- reward {batch.rewards[0, 0]:.0f}, advantage {batch.advantages[0]:+.2f}", flush=True)
             if step == total or config.eval_every and step % config.eval_every == 0:
-                metrics["eval"] = after = evaluate_now()
-                for split, scores in after.items():
+                metrics["eval"] = summary["after"] = evaluate_now()
+                for split, scores in summary["after"].items():
                     print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
             record(metrics)
-    return before, after
 
 
 def save(policy, tokenizer, folder):
@@ -460,26 +460,30 @@ def main(argv):
         "command": ["train.py", *argv], "config": settings, "seed": config.seed, "versions": VERSIONS,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; the run goes to {out}")
+    print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    if config.activation_checkpointing:   # until transformers 5.22 it has the second name
+        getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
+    summary, interrupted = {"before": {}, "after": {}, "seed": config.seed, "config": settings}, False
     try:
         if config.sft_steps:
             warm_up(policy, tokenizer, worked, config, autocast)
             save(policy, tokenizer, out / "sft")
-        before, after = train(config, policy, tokenizer, problems, held_out, out, autocast, bf16)
+        train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, summary)
     except KeyboardInterrupt:
-        save(policy, tokenizer, out)
-        print(f"\ninterrupted; the model as it was then is in {out}", file=sys.stderr)
-        sys.exit(130)
+        interrupted = True
     save(policy, tokenizer, out)
-    seconds, K = time.time() - started, config.eval_samples
-    (out / "summary.json").write_text(json.dumps({"before": before, "after": after, "seconds": seconds,
-                                                  "seed": config.seed, "config": settings}, indent=1))
-    for split in before:
-        for name in ("sampled", "greedy", f"maj@{K}", f"pass@{K}"):
+    summary["seconds"] = time.time() - started
+    (out / "summary.json").write_text(json.dumps(summary, indent=1))
+    if interrupted:
+        print(f"\ninterrupted; the model as it is now is in {out}", file=sys.stderr)
+        sys.exit(130)
+    for split in summary["before"]:
+        for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
-                     for scores in (before[split], after[split])]
+                     for scores in (summary["before"][split], summary["after"][split])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {seconds:.0f} s; to evaluate it or to go on from it, give --model {out}")
+    print(f"saved after {summary['seconds']:.0f} s; to evaluate it or to go on from it, give --model {out}")
 
 
 if __name__ == "__main__":

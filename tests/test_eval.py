@@ -67,12 +67,14 @@ def test_problems_file(tmp_path):
 
 
 @pytest.mark.parametrize("text, message", [
-    ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n{"question": "c", answer: 3}\n', "line 3: not JSON"),
+    ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n{"question": "c", answer: 3}\n', "line 3: not a JSON object"),
     ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2: no question or no answer"),
     ('{"answer": "1"}\n', "line 1: no question or no answer"),
     ('{"question": "a", "answer": null}\n', "line 1: no question or no answer"),
-    ('{"question": "a", "answer": ""}\n', "line 1: no question or no answer"),
-    ('[1, 2]\n', "line 1: no question or no answer"), ("", "is empty"), ("\n\n", "is empty"),
+    ('{"question": "a", "answer": "  "}\n', "line 1: no question or no answer"),
+    ('{"question": "a", "answer": "work #### "}\n', "line 1: no question or no answer"),
+    ('{"question": " ", "answer": "1"}\n', "line 1: no question or no answer"),
+    ('[1, 2]\n', "line 1: not a JSON object"), ("", "is empty"), ("\n\n", "is empty"),
 ])
 def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
     path = tmp_path / "broken.jsonl"
@@ -203,7 +205,7 @@ def test_bf16_checkpoints_become_float32(tmp_path):
 def test_architectures_that_cannot_be_sampled_are_refused(tmp_path, chat_folder, model):
     model().save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="KV cache"):
+    with pytest.raises(InputError, match="does not fit"):
         load_model(str(tmp_path), CPU)
 
 
@@ -216,6 +218,30 @@ def test_scaled_heads_are_announced(tmp_path, chat_folder, capsys):
     AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
     load_model(str(tmp_path), CPU)
     assert "not computed in chunks" in capsys.readouterr().out
+
+
+def test_broken_model_folders(tmp_path, chat_folder):
+    import shutil
+    config = (chat_folder / "config.json").read_text()
+    for number, (file, text) in enumerate([
+            ("model.safetensors", "cut off"), ("config.json", config.replace('"hidden_size": 64', '"hidden_size": "x"')),
+            ("config.json", config.replace('"hidden_size": 64', '"hidden_size": 32')), ("tokenizer.json", None)]):
+        folder = tmp_path / str(number)
+        shutil.copytree(chat_folder, folder)
+        if text is None:
+            (folder / "tokenizer.json").unlink()
+            (folder / "tokenizer_config.json").unlink()
+        else:
+            (folder / file).write_text(text)
+        with pytest.raises(InputError) as error:
+            load_model(str(folder), CPU)
+        assert "\n" not in str(error.value)
+
+
+def test_a_template_that_ends_the_turn_on_a_new_line(chat_folder):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "\n <|im_end|>")
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") in eos_token_ids(model, tokenizer)
 
 
 @pytest.mark.parametrize("name", ["/nowhere", "nobody/no-such-model"])
@@ -240,7 +266,7 @@ def test_known_counts_give_the_known_interval():
     assert close((high - low) / 2, 0.027)
     # means of several samples: sd of (0.25, 0.75, 0.5, 0.5) is 0.2041, standard error 0.1021
     assert close(interval([0.25, 0.75, 0.5, 0.5]), (0.5 - 0.2, 0.5 + 0.2))
-    assert interval([0.5]) == (0.5, 0.5) and interval([0.01, 0.99])[0] >= 0
+    assert interval([0.5])[0] < 0.2 and interval([0.5, 0.5])[1] > 0.8 and interval([0.01, 0.99])[0] >= 0
 
 
 @pytest.mark.parametrize("answers, score", [
@@ -274,13 +300,12 @@ def test_scores_add_up(llama, chat_folder):
                 "greedy_flexible": 1.0, "greedy_truncated": 0, "greedy_unparsable": 0.5,
                 "sampled_flexible": 4 / 8, "sampled_truncated": 1 / 8, "sampled_unparsable": 3 / 8}
     assert {key: scores[key] for key in expected} == pytest.approx(expected)
-    assert [r["reward"] for r in records["sampled"]] == [1, 1, 0, 0, 0, 0, 0, 1]
+    assert [r["right"] for r in records["sampled"]] == [1, 1, 0, 0, 0, 0, 0, 1]
 
 
 def test_evaluation_repeats_itself(chat_folder, story_file):
     model, tokenizer = load_model(str(chat_folder), CPU)
-    first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4, rows=rows)
-                     for rows in (256, 256))
+    first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4) for _ in "ab")
     assert first == second
 
 
@@ -301,7 +326,7 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
 
 
 def test_a_completion_must_fit_into_the_positions(chat_folder, story_file):
-    with pytest.raises(InputError, match="--max-new-tokens can be at most"):
+    with pytest.raises(InputError, match="which leaves [0-9]+ for --max-new-tokens"):
         evaluation.main(["--model", str(chat_folder), "--problems", str(story_file), "--max-new-tokens", "1000"])
 
 

@@ -52,7 +52,8 @@ def test_equal_answers(answer, gold):
     ("18 of 20", "18 of 21"), (r"18 \pm 1", "18"), ("[0, 100]", "18"), ("1 8", "18"), ("9+9", "18"), ("36/2/1", "18"),
     ("50", "50%"), ("0.5", "50"), ("5000%", "50%"), ("2/1", "1/2"), (r"\frac{2}{1}", "0.5"), ("1/0", "1/0.0"), ("1/0", "0"),
     ("1,00", "100"), ("1,0000", "10000"), ("1.000", "1000"), ("12345678901234567890124", "12345678901234567890123"),
-    ("18 dollars", "18 cents"), ("Yes", "No"), ("", "18"), ("18", ""), ("", ""), ("nan", "18"), ("inf", "18"),
+    ("18 dollars", "18 cents"), ("18 thousand", "18"), ("$18 million", "18"), ("5 Dozen", "5"), ("3 x", "3"), ("18 minus", "18"),
+    ("Yes", "No"), ("", "18"), ("18", ""), ("", ""), ("nan", "18"), ("inf", "18"),
     ("__import__('os')", "18"), ("9**9**9**9", "18"), ("18" + "0" * 500, "18"), (".", "0"), ("%", "0"), ("-", "0"),
 ])
 def test_different_answers(answer, gold):
@@ -87,3 +88,11 @@ def test_hostile_text_earns_nothing_and_takes_no_time(text):
     started = time.process_time()
     assert accuracy_reward(text, "18") == 0.0
     assert time.process_time() - started < 0.1
+
+
+@pytest.mark.parametrize("text", ["1" * 1_000_000, "1 " * 500_000, "1," * 500_000, "a" * 1_000_000, "1 " + "a" * 1_000_000,
+                                  "\\text{" * 150_000, " " * 1_000_000 + "1", "$" * 1_000_000])
+def test_comparing_takes_linear_time(text):
+    started = time.process_time()
+    is_equivalent(text, "1")
+    assert time.process_time() - started < 0.5
