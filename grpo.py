@@ -241,8 +241,8 @@ def head_is_plain(model):
         finally:
             handle.remove()
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-        model._head_is_plain = (torch.equal(logits, seen["logits"].to(logits.dtype))
-                                and torch.allclose(hidden[:, -1], seen["hidden"][:, -1], rtol=1e-3, atol=1e-5))
+        model._head_is_plain = bool(seen) and torch.equal(logits, seen["logits"].to(logits.dtype)) and (
+            torch.allclose(hidden[:, -1], seen["hidden"][:, -1], rtol=1e-3, atol=1e-5))
     return model._head_is_plain
 
 
