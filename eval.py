@@ -4,7 +4,7 @@
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
 
 train.py imports from here, so training and evaluation share prompts, sampler and grader. Every accuracy
-stands beside its n and its 95% interval: with 200 questions, that is up to 7 points either way.
+stands beside its n and 95% interval in the table: with 200 questions, up to 7 points either way.
 """
 
 import argparse
@@ -39,15 +39,15 @@ class InputError(Exception):
 class Problem(NamedTuple):
     question: str
     answer: str          # the gold answer, compared by reward.is_equivalent
-    solution: str = ""   # worked text that ends in the answer, for the supervised warm-up; "" if none
+    solution: str = ""   # worked text for the supervised warm-up (built-in ones are often wrong); or ""
 
 
-LARGEST_TOTAL = 12       # running totals of the built-in problems stay within 0 ... 12
+LARGEST_TOTAL = 12       # the true running totals of the built-in problems stay within 0 ... 12
 ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
     "sft": ((2, 3, 3, 4, 4, 5, 5, 6), 30_000, False),   # the corpus of the warm-up
     "train": ((4, 5), 10_000, False),   # reinforcement learning
     "in": ((4, 5), 1_000, True),        # in domain: held out, as long as in training
-    "out": ((6,), 1_000, True),         # out of domain: longer; in the corpus, never in RL
+    "out": ((6,), 1_000, True),         # out of domain: a length that is in the corpus, never in RL
 }
 GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/"
              "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/{}.jsonl")
@@ -58,7 +58,7 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
 
-    A worked solution has two habits, and chooses at every line: four times in ten it takes one term
+    A worked solution has two habits, and chooses while it can: four times in ten it takes one term
     ("7+5=12") and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. A model
     trained on it can compute but mostly does not; RL has to find out that the careful habit pays.
     """
@@ -98,7 +98,7 @@ def fetch(url, sha256, name):
 
 
 def read_problems(path):
-    """Problems of a JSON-lines file with the fields question (or problem) and answer. Raises InputError."""
+    """Problems of a file of JSON lines: question (or problem), answer ("2", or "work #### 2"). Or InputError."""
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
@@ -108,7 +108,7 @@ def read_problems(path):
         try:
             row, wrong = dict(json.loads(line)), "no question or no answer"
         except (ValueError, TypeError) as error:
-            row, wrong = {}, f"not a JSON object ({error})"
+            row, wrong = {}, f"not a JSON object ({getattr(error, 'msg', error)})"
         question, answer = str(row.get("question") or row.get("problem") or ""), row.get("answer")
         solution, mark, gold = ("" if answer is None else str(answer)).rpartition("#### ")
         if not question.strip() or not gold.strip():
@@ -152,14 +152,14 @@ def load_model(name, device):
     try:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():   # TRAP: with dropout, train() is another policy than eval()
+            for key, value in vars(part).items():   # TRAP: dropout (test_dropout_of_gpt2_is_off_too)
                 if isinstance(value, float) and ("drop" in key or "jitter" in key):
                     setattr(part, key, 0.0)
         # TRAP: without dtype= a bf16 checkpoint stays bf16, where a step of lr 1e-6 moves 2% of the
         # weights (test_one_small_step_moves_nearly_all_weights).
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     except Exception as error:   # a broken folder may fail in any way
-        raise InputError(f"--model {name} cannot be loaded: {repr(error).splitlines()[0]}")
+        raise InputError(f"--model {name}: no folder or hub name to load: {repr(error).splitlines()[0]}")
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
         raise InputError(f"--model {name}: its tokenizer is missing, or has no EOS token to end a completion")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
@@ -179,7 +179,7 @@ def load_model(name, device):
     if not fits:
         raise InputError(f"--model {name} does not fit: {reason}; take a decoder with a KV cache, like Qwen")
     if not head_is_plain(model):
-        print(f"{name} rescales its logits: its log-probs are not computed in chunks, which takes more memory")
+        print(f"{name} changes its logits behind the head: log-probs not computed in chunks, more memory")
     return model, tokenizer
 
 
@@ -223,7 +223,7 @@ def check_room(model, tokenizer, problems, request, max_new_tokens):
     longest = max(len(build_prompt(tokenizer, problem.question, request)) for problem in problems)
     if longest + max_new_tokens > room:
         raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
-                         f"which leaves {room - longest} for --max-new-tokens, not {max_new_tokens}")
+                         f"which leaves {max(0, room - longest)} for --max-new-tokens, not {max_new_tokens}")
 
 
 def encode_prompts(tokenizer, problems, request, device):
@@ -281,7 +281,7 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
     records: {"greedy": [...], "sampled": [...]}, a dict per completion, those of a problem in a row.
     """
     scores, records = {"n": len(problems)}, {}
-    for kind, K, T in [("greedy", 1, 0.0)] + [("sampled", samples, temperature)] * (samples > 0):
+    for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
         generator = torch.Generator(model.device).manual_seed(seed)   # the same draws before and after
         graded, at_once = records.setdefault(kind, []), max(1, 256 // K)
         for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
@@ -342,12 +342,12 @@ def main(argv):
     add = parser.add_argument
     add("--model", required=True, help="folder (a run of train.py, say) or hub name")
     add("--problems", required=True, help="arithmetic, gsm8k, or a JSON-lines file")
-    add("--split", help="of arithmetic: in (default), out, train, sft; of gsm8k: test (default), train")
+    add("--split", help="arithmetic: in (default), out, train, sft; gsm8k: test (default), train; a file: all")
     add("--limit", type=int, default=0, help="only the first so many problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
     add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: 512)")
-    add("--request", help="what follows each question (default: that of the problems)")
+    add("--request", help="what follows each question, as in training (default: as usual for the problems)")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")

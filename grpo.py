@@ -28,7 +28,7 @@ What the paper leaves open, and what we chose:
   * Algorithm 1 says to maximise "equation 21", which is a gradient coefficient; the objective is eq. 3.
   * The standard deviation is that of a sample (divisor G - 1), with 1e-4 added to it; epsilon is 0.2.
   * Log-probs are those of the distribution that was sampled from, softmax(logits / temperature).
-`grep -n "PAPER:"` lists where the code departs from the paper, `grep -n "TRAP:"` what goes wrong silently.
+Comments marked PAPER say where the code departs from the paper, those marked TRAP what goes wrong silently.
 """
 
 from typing import NamedTuple
@@ -77,7 +77,7 @@ def sample_token(logits, temperature, generator=None):
 
     Temperature 0 takes the likeliest token, and reports its log-prob at temperature 1.
     """
-    # TRAP: in bf16 a log-prob is off by up to 0.08, against a clip range of 0.2. So at least float32
+    # TRAP: a softmax in bf16 puts a log-prob off by up to 0.08, against a clip range of 0.2. So float32
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)   # (n, V)
@@ -110,7 +110,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     N, device, prompt_mask = len(prompt_ids) * group_size, prompt_ids.device, prompt_mask.long()
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     was_training = model.training
-    model.eval()   # TRAP: in train() mode activation checkpointing turns the KV cache off: slow
+    model.eval()   # in train() mode activation checkpointing would turn the KV cache off
 
     # The prompts, once. Only the logits of their last position are needed: (B, V).
     out = model(input_ids=prompt_ids, attention_mask=prompt_mask, position_ids=position_ids(prompt_mask),
@@ -179,9 +179,9 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
 
     With a vocabulary of 150,000 the logits are by far the largest tensor around. So only the tokens that
     count reach the vocabulary head, HEAD_CHUNK at a time, and the logits of a chunk are thrown away and
-    computed again in the backward pass: no (N, T, V) tensor ever exists.
+    computed again in the backward pass: no (N, T, V) tensor exists, unless the head is not plain (below).
     """
-    # TRAP: samples drawn at T = 0.7 and scored at T = 1 are off-policy from the first step on
+    # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from step 1 on
     # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
@@ -207,7 +207,8 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
 
 def _logp_and_entropy(head, hidden, targets, temperature):
     logits = head(hidden)                                                       # (m, V)
-    # TRAP: the softmax must not stay in bf16 (see sample_token); float64 stays float64.
+    # TRAP: the softmax must not stay in bf16, as in sample_token; float64 stays float64
+    # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
     entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)                # (m,)
@@ -252,8 +253,8 @@ def outcome_advantages(rewards, scale="std"):
     """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
 
     rewards (B, G) -> advantages (B, G); every token of a completion gets the same one. This group mean
-    is what stands in for the value model of PPO. scale="none" leaves the division out, so that easy
-    and hard questions are not blown up (Dr. GRPO, arXiv 2503.20783).
+    stands in for the value model of PPO, a second network that predicts the reward. scale="none" leaves
+    the division out, so that easy and hard questions are not blown up (Dr. GRPO, arXiv 2503.20783).
     Raises ValueError for another scale, or a group of one, which has nothing to be compared with.
 
     [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]   (less 0.02%, for the added 1e-4)
@@ -269,8 +270,8 @@ def outcome_advantages(rewards, scale="std"):
     advantages = rewards - rewards.mean(dim=1, keepdim=True)
     if scale == "std":
         advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
-    # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny std
-    # they would become up to +-1 (test_equal_rewards_give_exactly_zero).
+    # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny std they
+    # would be of order 1; STD_EPSILON shrinks that, this makes it 0 (test_equal_rewards_give_exactly_zero).
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
 
@@ -282,8 +283,8 @@ def kl_estimate(logp, logp_ref):
 
     It is 0 where the two agree and positive elsewhere: for pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307.
     Averaged over samples from pi it equals KL(pi || pi_ref): that is what "unbiased" means in the paper.
-    Differentiated as a loss on those samples, it has the gradient of KL(pi_ref || pi) instead
-    (test_gradient_of_the_kl_term_is_that_of_the_reverse_kl).
+    Differentiated as a loss on those samples, it has on average the gradient of KL(pi_ref || pi) instead
+    (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
     # PAPER: eq. 4 has no clamp. Without one, a token of log-ratio 100 makes the whole step inf or nan.
     log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -293,7 +294,7 @@ def kl_estimate(logp, logp_ref):
 def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
     """min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token, to be maximised: eq. 3.
 
-    All arguments (N, T) or broadcast to it; ratio = pi/pi_old. The gradient by cases, for eps = 0.2:
+    All arguments (N, T) or broadcast to it; ratio = pi/pi_old. The gradient with respect to logp, for eps = 0.2:
 
               ratio < 0.8    0.8 ... 1.2    ratio > 1.2
       A > 0   ratio * A      ratio * A      0              (good enough now: leave it)
@@ -347,8 +348,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     (test_micro_batches_change_nothing).
 
     At pi_old = pi, as in the first update after sampling, every ratio is 1 and the advantages of a group
-    sum to 0. So the loss prints as 0 (plus the KL term). That is no bug: its gradient is not 0, it is
-    1/|o_i| * (A + beta * (pi_ref/pi - 1)) * grad log pi, eq. 20 and 21.
+    sum to 0. So with "sequence" the loss prints as 0 (plus the KL term). That is no bug: the gradient of J is
+    not 0, it is 1/G * sum_i 1/|o_i| * sum_t (A + beta * (pi_ref/pi - 1)) * grad log pi, eq. 20 and 21.
     """
     if kl_beta and logp_ref is None:
         raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")

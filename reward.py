@@ -3,11 +3,11 @@ r"""Rule-based math rewards: the text of a completion in, 1.0 or 0.0 out.
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence few rules,
 each of them strict: the answer must be marked, the whole marked text is the answer, numbers are compared
 exactly, and anything that is not understood is wrong. No text of a model is ever evaluated as code, and
-every scan and number is bounded, so that hostile text costs no time.
+every scan is linear and every number bounded, so that hostile text costs little time.
 
 Conventions (each is a choice; change it here and the tests will tell you what moved):
   * A marker decides, by kind: \boxed{...}, else <answer>...</answer>, else a line "#### ...". Within a
-    kind the last one counts. A number without a marker earns nothing.
+    kind the last one counts (an unclosed \boxed{ too, as no answer). A bare number earns nothing.
   * Only text after the last </think> counts; a <think> left open means that there is no answer yet.
   * "18 or 20" and "17, 18" are no numbers, so they do not equal 18.
   * An answer of 50% equals a gold answer of 1/2, 0.5 and 50%, and also 50, read as a unit.
@@ -69,7 +69,7 @@ def _last_hash_line(text):
     return text[start + 5:].split("\n", 1)[0] if text.startswith("#### ", start) else None
 
 
-# Spellings that change no value. Order matters: "\dfrac" before the spaces go, "\$" before "$".
+# Spellings that change no value, and currency signs. Order matters: "\$" before "$".
 _SPELLINGS = [("\\left", ""), ("\\right", ""), ("\\!", ""), ("\\,", ""), ("\\;", ""), ("\\ ", " "),
               ("\\dfrac", "\\frac"), ("\\tfrac", "\\frac"), ("{,}", ","), ("\\%", "%"), ("\\$", ""),
               ("$", ""), ("€", ""), ("£", ""), ("−", "-")]
@@ -77,7 +77,8 @@ _TEXT = re.compile(r"\\(?:text|mbox|mathrm|textbf|mathbf)\s?\{([^{}]*)\}")
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _NUMBER = re.compile(r"([+-]?)(\d+\.?\d*|\.\d+)(?:/(\d+))?(%?)")
 _FRAC = re.compile(r"([+-]?)\\frac\{([+-]?\d+)\}\{(\d+)\}(%?)")
-_NO_UNITS = {"or", "and", "not", "of", "plus", "minus", "dozen", "hundred", "thousand", "million", "billion"}
+_NO_UNITS = {"or", "and", "not", "of", "plus", "minus", "half", "halves", "dozen", "percent", "pi", "squared",
+             "hundred", "thousand", "million", "billion", "trillion"}
 
 
 def clean(text):
@@ -124,7 +125,8 @@ def is_equivalent(answer, gold):
     if not answer or not gold:
         return False
     number, _, unit = answer.partition(" ")
-    if len(unit) > 1 and unit.isalpha() and unit.casefold() not in _NO_UNITS and " " not in gold:
+    is_unit = len(unit) > 1 and unit.isalpha() and unit.casefold() not in _NO_UNITS
+    if is_unit and parse_number(number) is not None and " " not in gold:
         answer = number
     a, g = parse_number(answer), parse_number(gold)
     if a is None or g is None:

@@ -1,6 +1,6 @@
-"""Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath, outcome supervision.
+"""Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath, by right or wrong answers.
 
-    python train.py                                        a tiny model on built-in problems, on a CPU
+    python train.py                                        a tiny model on built-in problems; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
 
 Both take the same way through this file: options, models, (supervised warm-up), evaluation before, the
@@ -69,14 +69,14 @@ class Config:
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
     weight_decay: float = opt(0.0, "of AdamW", least=0)
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
-    micro_tokens: int = opt(16384, "tokens per forward pass of the update", least=1)
+    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
 
-    sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up")
+    sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
     sft_batch: int = opt(32, "solutions per step", least=1)
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
 
-    eval_problems: str = opt("", "held-out problems; none: the set's own, or a tenth", group="evaluation")
+    eval_problems: str = opt("", "held-out problems; none: the set's, or a tenth of a file", group="evaluation")
     eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
@@ -110,9 +110,9 @@ def parse_config(argv):
     for field in dataclasses.fields(Config):
         flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
         if meta["least"] is not None and not meta["least"] <= value < 2 ** 63:
-            raise InputError(f"{flag} must be at least {meta['least']}, not {value} ({meta['help']})")
+            raise InputError(f"{flag} must be finite and at least {meta['least']}, not {value} ({meta['help']})")
         if meta["above"] is not None and not meta["above"] < value < math.inf:
-            raise InputError(f"{flag} must be above {meta['above']}, not {value} ({meta['help']})")
+            raise InputError(f"{flag} must be finite and above {meta['above']}, not {value} ({meta['help']})")
     if config.request is None:
         config.request = "" if config.problems == "arithmetic" else MATH_REQUEST
     return config
@@ -135,7 +135,7 @@ def make_tiny_model(seed, device):
     torch.manual_seed(seed)
     model = LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=256, initializer_range=0.08,
+        num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.08,
         bos_token_id=None, eos_token_id=1, pad_token_id=0))
     return model.to(device), tokenizer
 
@@ -181,7 +181,7 @@ class Batch(NamedTuple):
 
 
 def micro_batches(prompt_mask, mask, limit):
-    """Cut N rows into lists of row numbers, of at most `limit` tokens each with their padding; every row once.
+    """Cut N rows into lists of row numbers, every row once: one row, or at most `limit` tokens with padding.
 
     Sorted by length, so that long rows are among themselves and few tokens are padding.
     """
@@ -216,7 +216,7 @@ def learning_rate(step, steps, peak, warmup, end):
 def optimizer_step(optimizer, lr, max_grad_norm):
     """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
     (group,) = optimizer.param_groups
-    # error_if_nonfinite: a single nan would spread to all weights in this very step
+    # error_if_nonfinite: a nan would spread to all weights in this very step; so the run ends here
     norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm, error_if_nonfinite=True)
     group["lr"] = lr
     optimizer.step()
@@ -273,7 +273,7 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch. Returns metrics as means: gap and entropy over all tokens, in the first
-    pass; kl and clip_share over the tokens in the loss, in all passes.
+    pass; kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
 
     cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
     the weights are still those that sampled, so its log-probs are logp_old, and later passes reuse them.
@@ -374,7 +374,7 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
     record({"step": 0, "eval": summary["before"]})
     for split, scores in summary["before"].items():
         print(f"held out, {split}, before:\n{score_table(scores)}", flush=True)
-    if config.mu == 1:
+    if config.mu == 1 and config.aggregate == "sequence" and not config.mask_truncated:
         print("the loss stays near 0 because the advantages of a group add up to 0; its gradient does not")
 
     for iteration in range(config.iterations):
@@ -443,7 +443,7 @@ def main(argv):
     # Whatever can be wrong with the input is found out first; only then is anything written.
     out = Path(config.out or free_folder(Path(f"runs/{Path(config.problems).stem}-{config.seed}")))
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out {out} is not empty, and nothing is overwritten: name another folder")
+        raise InputError(f"--out {out} is a file or not empty, and nothing is overwritten: name another folder")
     device, bf16 = pick_device(config.device)
     torch.manual_seed(config.seed)
     if config.model:
@@ -476,14 +476,14 @@ def main(argv):
     summary["seconds"] = time.time() - started
     (out / "summary.json").write_text(json.dumps(summary, indent=1))
     if interrupted:
-        print(f"\ninterrupted; the model as it is now is in {out}", file=sys.stderr)
+        print(f"\ninterrupted; {out} holds the model as it is now and the last evaluation", file=sys.stderr)
         sys.exit(130)
     for split in summary["before"]:
         for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
                      for scores in (summary["before"][split], summary["after"][split])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {summary['seconds']:.0f} s; to evaluate it or to go on from it, give --model {out}")
+    print(f"saved after {summary['seconds']:.0f} s; to evaluate it, give eval.py --model {out}")
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ import grpo
 from grpo import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, masked_mean,
                   outcome_advantages)
 
-torch.set_default_dtype(torch.float32)
-
 
 def t(values, **kwargs):
     return torch.tensor(values, dtype=torch.float64, **kwargs)
@@ -102,7 +100,7 @@ def test_kl_estimate_averages_to_the_true_kl():
     close((p * kl_estimate(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
 
 
-def test_gradient_of_the_kl_term_is_that_of_the_reverse_kl():
+def test_gradient_of_the_kl_term_is_that_of_the_other_kl():
     # Differentiated on samples from pi, eq. 4 moves the policy as KL(pi_ref || pi) would, not KL(pi || pi_ref).
     logits, q = t([0.3, -0.2, 0.5], requires_grad=True), t([0.2, 0.2, 0.6])
     logp = logits.log_softmax(0)

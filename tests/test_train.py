@@ -61,15 +61,15 @@ def test_help_names_every_option_with_both_defaults(capsys):
 
 
 BAD = {
-    "group of one": (["--group-size", "1"], "--group-size must be at least 2, not 1"),
-    "greedy sampling": (["--temperature", "0"], "--temperature must be above 0, not 0.0"),
-    "steps below 0": (["--steps", "-1"], "--steps must be at least 0, not -1"),
-    "not a number": (["--lr", "nan"], "--lr must be above 0, not nan"),
-    "infinite": (["--kl-beta", "inf"], "--kl-beta must be at least 0, not inf"),
+    "group of one": (["--group-size", "1"], "--group-size must be finite and at least 2, not 1"),
+    "greedy sampling": (["--temperature", "0"], "--temperature must be finite and above 0, not 0.0"),
+    "steps below 0": (["--steps", "-1"], "--steps must be finite and at least 0, not -1"),
+    "not a number": (["--lr", "nan"], "--lr must be finite and above 0, not nan"),
+    "infinite": (["--kl-beta", "inf"], "--kl-beta must be finite and at least 0, not inf"),
     "no integer": (["--steps", "many"], "invalid int value"),
     "unknown option": (["--learning-rate", "1"], "unrecognized arguments"),
     "unknown choice": (["--aggregate", "mean"], "invalid choice"),
-    "no model folder": (["--model", "/nowhere"], "--model /nowhere cannot be loaded"),
+    "no model folder": (["--model", "/nowhere"], "--model /nowhere: no folder or hub name to load"),
     "tiny model on GSM8K": (["--problems", "gsm8k"], "needs a --model"),
     "no problems": (["--model", "CHAT", "--problems", "nothing.jsonl"], "neither|no problems"),
     "bad JSON": (["--model", "CHAT", "--problems", "broken.jsonl"], "broken.jsonl, line 3: not a JSON object"),
@@ -77,7 +77,7 @@ BAD = {
     "empty file": (["--model", "CHAT", "--problems", "empty.jsonl"], "empty.jsonl is empty"),
     "one problem": (["--model", "CHAT", "--problems", "one.jsonl"], "too small to hold some out"),
     "no solutions": (["--model", "CHAT", "--problems", "plain.jsonl", "--sft-steps", "5"], "--sft-steps needs worked"),
-    "taken folder": (["--out", "taken"], "--out taken is not empty"),
+    "taken folder": (["--out", "taken"], "--out taken is a file or not empty"),
     "device": (["--device", "mps"], "no MPS"),
     "too long": (["--model", "CHAT", "--problems", "plain.jsonl", "--max-new-tokens", "1024"], "which leaves [0-9]+ for --max-new-tokens"),
 }
@@ -247,6 +247,8 @@ def test_a_run_is_a_model_folder(short_run, tmp_path, capsys):
     evaluation.main(["--model", str(short_run), "--problems", "arithmetic", "--limit", "4", "--samples", "2",
                      "--max-new-tokens", "40", "--out", str(tmp_path / "eval.json")])
     scores = json.loads((tmp_path / "eval.json").read_text())["scores"]
+    evaluation.main(["--model", str(short_run), "--problems", "arithmetic", "--split", "out", "--limit", "2", "--samples", "0",
+                     "--out", str(tmp_path / "out.json")])   # with every other default
     after = json.loads((short_run / "summary.json").read_text())["after"]["in"]
     assert json.loads(json.dumps(after)) == scores   # training and eval.py agree on the same model
     train.main([*SHORT[2:], "--model", str(short_run), "--problems", "arithmetic", "--steps", "1", "--max-new-tokens", "40",
