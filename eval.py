@@ -254,7 +254,7 @@ def interval(scores):
     if set(scores) <= {0, 1} or len(set(scores)) == 1:
         centre, scale = mean + z * z / (2 * n), 1 + z * z / n
         half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return (centre - half) / scale, (centre + half) / scale
+        return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
     half = z * math.sqrt(fmean((score - mean) ** 2 for score in scores) / max(1, n - 1))
     return max(0.0, mean - half), min(1.0, mean + half)
 

@@ -262,6 +262,7 @@ def test_known_counts_give_the_known_interval():
     close = lambda a, b: a == pytest.approx(b, abs=5e-4)
     assert close(interval([1.0] * 8 + [0.0] * 2), (0.490, 0.943))       # Wilson
     assert close(interval([0.0] * 10), (0.0, 0.278)) and close(interval([1.0] * 10), (0.722, 1.0))
+    assert all(interval([0.0] * n)[0] >= 0 and interval([1.0] * n)[1] <= 1 for n in range(1, 300))   # not -0.0%
     low, high = interval([1.0] * 660 + [0.0] * 659)                      # GSM8K's test set: +-2.7 points
     assert close((high - low) / 2, 0.027)
     # means of several samples: sd of (0.25, 0.75, 0.5, 0.5) is 0.2041, standard error 0.1021
