@@ -391,4 +391,5 @@ def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
                 "eval_limit": 100, "show_every": 0, "sft_steps": 0}
     train.main(["--shuffle-rewards", *(str(x) for name, value in settings.items()
                                        for x in ("--" + name.replace("_", "-"), value))])
-    assert gain(tmp_path / "control") < 0.05
+    # Its expected gain is 0. A single seed wanders by some 4 points, and another kind of CPU is another seed.
+    assert gain(tmp_path / "control") < 0.1
