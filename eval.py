@@ -151,12 +151,12 @@ def load_model(name, device):
     """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
     try:
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
+        # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():   # TRAP: dropout (test_dropout_of_gpt2_is_off_too)
+            for key, value in vars(part).items():
                 if isinstance(value, float) and ("drop" in key or "jitter" in key):
                     setattr(part, key, 0.0)
-        # TRAP: without dtype= a bf16 checkpoint stays bf16, where a step of lr 1e-6 moves 2% of the
-        # weights (test_one_small_step_moves_nearly_all_weights).
+        # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
         model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
     except Exception as error:   # a broken folder may fail in any way
         raise InputError(f"--model {name}: no folder or hub name to load: {repr(error).splitlines()[0]}")
@@ -287,12 +287,12 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
         for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
             batch = problems[start:start + at_once]
             drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens, T, generator)[2:]
-            for row, text in enumerate(texts):
-                (question, gold, _), answer = batch[row // K], extract_answer(text)
+            for i, text in enumerate(texts):
+                (question, gold, _), answer = batch[i // K], extract_answer(text)
                 right = accuracy_reward(text, gold)
                 graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
                                "verdict": "right" if right else "unparsable" if answer is None else "wrong",
-                               "right": right, "truncated": drawn.truncated[row].item(),
+                               "right": right, "truncated": drawn.truncated[i].item(),
                                "flexible": is_equivalent(last_number(text), gold)})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
         measures = {kind: [fmean(row["right"] for row in g) for g in groups]}

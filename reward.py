@@ -86,9 +86,7 @@ def clean(text):
     text = _TEXT.sub(r" \1 ", text)
     for spelling, plain in _SPELLINGS:
         text = text.replace(spelling, plain)
-    text = " ".join(text.split())
-    if text.endswith(".") and text.count(".") == 1:
-        text = text[:-1].rstrip()
+    text = " ".join(text.split()).removesuffix(".").rstrip()
     text = re.sub(r"^[A-Za-z] ?= ?", "", text)
     number, space, unit = text.partition(" ")
     if _THOUSANDS.fullmatch(number):

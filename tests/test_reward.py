@@ -66,6 +66,11 @@ def test_numbers_are_exact():
     assert parse_number("1" * 101) is None and parse_number("1e9") is None and parse_number("1/0") is None
 
 
+def test_cleaning_examples():
+    assert clean(r"$\$1,234.50$.") == "1234.50" and clean(r"\dfrac{1}{2}") == r"\frac{1}{2}"
+    assert accuracy_reward(r"\boxed{\$1,234.50.}", "1234.5") == 1.0 and clean(".") == ""
+
+
 def test_cleaning_is_idempotent():
     for text in (r"$\$1,234.50$.", r"\dfrac{1}{2}", r"\text{ two }", "x = 5", "18 apples"):
         assert clean(clean(text)) == clean(text)

@@ -386,10 +386,15 @@ def test_grpo_learns(learning_run):
 
 
 def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
-    """The control: the same start and settings, rewards shuffled within each group."""
-    settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / "control", "steps": 40, "eval_every": 0,
-                "eval_limit": 100, "show_every": 0, "sft_steps": 0}
-    train.main(["--shuffle-rewards", *(str(x) for name, value in settings.items()
-                                       for x in ("--" + name.replace("_", "-"), value))])
-    # Its expected gain is 0. A single seed wanders by some 4 points, and another kind of CPU is another seed.
-    assert gain(tmp_path / "control") < 0.1
+    """The control: the same start and settings, rewards shuffled within each group.
+
+    Its expected gain is 0, but a single run wanders by some 4 points, so two seeds are averaged.
+    """
+    gains = []
+    for seed in (0, 1):
+        settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / str(seed), "seed": seed, "steps": 40,
+                    "eval_every": 0, "eval_limit": 100, "show_every": 0, "sft_steps": 0}
+        train.main(["--shuffle-rewards", *(str(x) for name, value in settings.items()
+                                           for x in ("--" + name.replace("_", "-"), value))])
+        gains.append(gain(tmp_path / str(seed)))
+    assert sum(gains) / 2 < 0.05, gains
