@@ -25,7 +25,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
-from reward import MATH_REQUEST, accuracy_reward, extract_answer, is_equivalent
+from reward import MATH_REQUEST, accuracy_reward, extract_answer, final_answer, is_equivalent
 
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
 
@@ -106,18 +106,20 @@ def read_problems(path):
     problems = []
     for number, line in ((n, line) for n, line in enumerate(lines, start=1) if line.strip()):
         try:
-            row, wrong = dict(json.loads(line)), "no question or no answer"
+            row, wrong = dict(json.loads(line)), "no question"
         except (ValueError, TypeError) as error:
             row, wrong = {}, f"not a JSON object ({getattr(error, 'msg', error)})"
-        question, answer = str(row.get("question") or row.get("problem") or ""), row.get("answer")
-        solution, mark, gold = ("" if answer is None else str(answer)).rpartition("#### ")
-        if not question.strip() or not gold.strip():
+        question, gold = str(row.get("question") or row.get("problem") or ""), final_answer(row.get("answer"))
+        if not question.strip():
             raise InputError(f'{path}, line {number}: {wrong}; want {{"question": "1+1?", "answer": "2"}}')
-        if mark:   # as in GSM8K: drop its calculator notes, <<48/2=24>>, and mark the answer as we ask for it
-            solution = re.sub(r"<<[^<>]*>>", "", solution) + f"\\boxed{{{gold.strip()}}}"
-        problems.append(Problem(question, gold.strip(), solution))
-    if not problems:
-        raise InputError(f"{path} is empty; each of its lines should hold a question and an answer")
+        # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer as we ask for it.
+        work = re.sub(r"<<[^<>]*>>", "", str(row.get("answer")).rpartition("#### ")[0])
+        problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else ""))
+    unpaid = sum(not is_equivalent(problem.answer, problem.answer) for problem in problems)
+    if unpaid == len(problems):
+        raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
+    if unpaid:
+        print(f"{path}: no reward for {unpaid} of {len(problems)} questions: no answer, or over 300 characters")
     return problems
 
 
@@ -247,8 +249,8 @@ def sample_problems(model, tokenizer, problems, request, group_size, max_new_tok
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
 
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean -+ 1.96 standard errors. The K
-    samples of a question depend on each other, so their mean is one score: n counts questions.
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean -+ 1.96 standard errors.
+    The K samples of a question depend on each other, so their mean is one score: n counts questions.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
     if set(scores) <= {0, 1} or len(set(scores)) == 1:
@@ -276,9 +278,8 @@ def last_number(text):
 def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0):
     """Greedy accuracy, and that of K = `samples` samples each, 256 completions at a time.
 
-    Returns scores: n, and for greedy, sampled (the mean of K), maj@K and pass@K the value and its interval;
-    for greedy and sampled also the shares of flexible (last number right), truncated and unparsable. And
-    records: {"greedy": [...], "sampled": [...]}, a dict per completion, those of a problem in a row.
+    Returns scores: n; greedy, sampled (mean of K), maj@K and pass@K, each with its interval; shares of
+    flexible (last number right), truncated, unparsable. And records: kind -> a dict per completion, in order.
     """
     scores, records = {"n": len(problems)}, {}
     for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
@@ -358,8 +359,7 @@ def main(argv):
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     split = args.split or ("in" if args.problems == "arithmetic" else "test")
-    usual_request = "" if args.problems == "arithmetic" else MATH_REQUEST
-    request = usual_request if args.request is None else args.request
+    request = args.request if args.request is not None else "" if args.problems == "arithmetic" else MATH_REQUEST
     problems = load_problems(args.problems, split)[:args.limit or None]
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)

@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import random
+import runpy
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTra
 from eval import (VERSIONS, InputError, Parser, check_room, encode_prompts, eos_token_ids, evaluate,
                   load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
 from grpo import EQUAL_REWARDS, bf16_weights, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
-from reward import MATH_REQUEST, accuracy_reward
+from reward import MATH_REQUEST, accuracy_rewards
 
 
 # --- 1. Options: one dataclass, and one dict of what differs for the built-in problems ---------------
@@ -42,6 +43,7 @@ def opt(default, help, least=None, above=None, choices=None, group=None):
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
     problems: str = opt("gsm8k", "arithmetic, gsm8k, or a JSON-lines file")
+    reward: str = opt("", "FILE.py:FUNCTION, called like accuracy_rewards of reward.py; none: that one")
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
@@ -109,10 +111,9 @@ def parse_config(argv):
     config = Config(**{**({} if model else BUILTIN), **given})
     for field in dataclasses.fields(Config):
         flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
-        if meta["least"] is not None and not meta["least"] <= value < 2 ** 63:
-            raise InputError(f"{flag} must be finite and at least {meta['least']}, not {value} ({meta['help']})")
-        if meta["above"] is not None and not meta["above"] < value < math.inf:
-            raise InputError(f"{flag} must be finite and above {meta['above']}, not {value} ({meta['help']})")
+        bound, low = ("at least", meta["least"]) if meta["above"] is None else ("above", meta["above"])
+        if low is not None and (not low <= value < 2 ** 63 or value == meta["above"]):
+            raise InputError(f"{flag} must be finite and {bound} {low}, not {value} ({meta['help']})")
     if config.request is None:
         config.request = "" if config.problems == "arithmetic" else MATH_REQUEST
     return config
@@ -122,8 +123,7 @@ def parse_config(argv):
 
 def make_tiny_model(seed, device):
     """(model, tokenizer): a Llama of 210,000 random parameters that knows numbers, signs and \\boxed{}."""
-    words = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "\\boxed{", "}", "\n", "+", "-", "="]
-    words += [str(number) for number in range(100)]
+    words = [*"<pad> <end> <unk> <user> <assistant> \\boxed{ }".split(), "\n", *"+-=", *map(str, range(100))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[0-9]{1,2}|[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()   # joins tokens without spaces
@@ -141,10 +141,7 @@ def make_tiny_model(seed, device):
 
 
 def gather_problems(config):
-    """(problems to train on, those with solutions for the warm-up, {"in": ..., "out": ...} held-out problems).
-
-    "in" is the domain of the training; "out", longer problems, exists for the built-in ones only.
-    """
+    """(training problems, those with solutions for the warm-up, held-out ones by split: "in" or longer, "out")."""
     problems = load_problems(config.problems, "train")
     worked = load_problems("arithmetic", "sft") if config.problems == "arithmetic" else problems
     named = config.eval_problems or config.problems
@@ -196,10 +193,7 @@ def micro_batches(prompt_mask, mask, limit):
 
 
 def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """`token_logprobs` of n of the rows, without padding columns that none of them needs.
-
-    Returns logp, entropy and mask, all (n, t), where t is the longest of these completions.
-    """
+    """logp, entropy and mask of n of the rows, (n, t): without padding columns that none of them needs."""
     p, t = prompt_mask[rows].sum(dim=1).max(), mask[rows].sum(dim=1).max()
     mask = mask[rows, :t]
     return *token_logprobs(model, prompt_ids[rows, -p:], prompt_mask[rows, -p:], completion_ids[rows, :t],
@@ -252,6 +246,30 @@ def warm_up(policy, tokenizer, problems, config, autocast):
 
 # --- 4. One step of GRPO ----------------------------------------------------------------------------
 
+@functools.cache   # a user's file is run once
+def load_reward(name):
+    """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
+    path, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(path)[function] if name else accuracy_rewards
+    except Exception as error:   # a user's file may fail in any way
+        raise InputError(f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards in reward.py")
+
+
+def score_texts(reward, problems, texts):
+    """Rewards of N completions, each with its problem: (N,). Raises InputError with the first that has none."""
+    questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
+    try:
+        rewards = torch.tensor(reward(prompts=questions, completions=texts, answer=answers), dtype=torch.float32)
+        if rewards.shape != (len(texts),) or not rewards.isfinite().all():
+            raise ValueError(f"{rewards.tolist()} is not one finite number for each completion")
+        return rewards
+    except Exception as error:   # a user's function may fail in any way
+        for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # of which completion?
+            score_texts(reward, [problem], [text])
+        raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
+
+
 def sample_and_score(sampler, tokenizer, problems, config, generator):
     """G completions for each of B problems, their rewards and their advantages."""
     G = config.group_size
@@ -261,8 +279,8 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
             sampler, tokenizer, problems, config.request, G, config.max_new_tokens,
             config.temperature, generator)
         hook.remove()
-    rewards = torch.tensor([accuracy_reward(text, problems[row // G].answer) for row, text in enumerate(texts)])
-    rewards = rewards.view(len(problems), G)                                       # (B, G)
+    rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
+    rewards = score_texts(load_reward(config.reward), rows, texts).view(len(problems), G)   # (B, G)
     if config.shuffle_rewards:
         rewards = torch.stack([group[torch.randperm(G)] for group in rewards])
     advantages = outcome_advantages(rewards, config.scale_rewards).flatten()       # (N,)
@@ -272,8 +290,8 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
 
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns metrics as means: gap and entropy over all tokens, in the first
-    pass; kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
+    """mu optimizer steps on one batch. Returns means: of gap and entropy over all tokens, in the first pass;
+    of kl and clip_share over the tokens in the loss, in all passes; of loss and grad_norm over the passes.
 
     cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
     the weights are still those that sampled, so its log-probs are logp_old, and later passes reuse them.
@@ -412,7 +430,7 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
             print_metrics(metrics)
             if config.show_every and step % config.show_every == 0:
                 print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
-                      f"--- reward {batch.rewards[0, 0]:.0f}, advantage {batch.advantages[0]:+.2f}", flush=True)
+                      f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0]:+.2f}", flush=True)
             if step == total or config.eval_every and step % config.eval_every == 0:
                 metrics["eval"] = summary["after"] = evaluate_now()
                 for split, scores in summary["after"].items():
@@ -421,10 +439,9 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
 
 
 def save(policy, tokenizer, folder):
-    """A folder for from_pretrained: float32 weights, the tokenizer with its chat template, all EOS ids.
+    """A folder for from_pretrained: float32 weights, tokenizer and chat template, all EOS ids.
 
-    Sampling settings that came with the model (top_k, top_p, ...) are left out: it was trained without them,
-    and some combinations cannot be saved.
+    No sampling settings that came along (top_k, top_p): trained without them, and some cannot be saved.
     """
     policy.generation_config = GenerationConfig(
         eos_token_id=sorted(eos_token_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)
@@ -432,24 +449,18 @@ def save(policy, tokenizer, folder):
     tokenizer.save_pretrained(folder)
 
 
-def free_folder(path):
-    """`path` if nothing is there, else the first free one of path-2, path-3, ...: nothing is overwritten."""
-    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
-    return next(free for free in itertools.chain([path], numbered) if not free.exists())
-
-
 def main(argv):
     started, config = time.time(), parse_config(argv)
     # Whatever can be wrong with the input is found out first; only then is anything written.
-    out = Path(config.out or free_folder(Path(f"runs/{Path(config.problems).stem}-{config.seed}")))
+    name = f"runs/{Path(config.problems).stem}-{config.seed}"
+    numbered = (Path(f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
+    out = Path(config.out) if config.out else next(path for path in numbered if not path.exists())
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is a file or not empty, and nothing is overwritten: name another folder")
+    load_reward(config.reward)
     device, bf16 = pick_device(config.device)
     torch.manual_seed(config.seed)
-    if config.model:
-        policy, tokenizer = load_model(config.model, device)
-    else:
-        policy, tokenizer = make_tiny_model(config.seed, device)
+    policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config)
     for rows in (problems, *held_out.values()):
         check_room(policy, tokenizer, rows, config.request, config.max_new_tokens)
@@ -464,20 +475,19 @@ def main(argv):
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
-    summary, interrupted = {"before": {}, "after": {}, "seed": config.seed, "config": settings}, False
+    summary = {"before": {}, "after": {}, "seed": config.seed, "config": settings}
     try:
         if config.sft_steps:
             warm_up(policy, tokenizer, worked, config, autocast)
             save(policy, tokenizer, out / "sft")
         train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, summary)
-    except KeyboardInterrupt:
-        interrupted = True
-    save(policy, tokenizer, out)
-    summary["seconds"] = time.time() - started
-    (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    if interrupted:
-        print(f"\ninterrupted; {out} holds the model as it is now and the last evaluation", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, InputError):
+        print(f"\nstopped; {out} gets the model as it is now and the last evaluation", file=sys.stderr)
+        raise
+    finally:
+        save(policy, tokenizer, out)
+        summary["seconds"] = time.time() - started
+        (out / "summary.json").write_text(json.dumps(summary, indent=1))
     for split in summary["before"]:
         for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])

@@ -68,12 +68,10 @@ def test_problems_file(tmp_path):
 
 @pytest.mark.parametrize("text, message", [
     ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n{"question": "c", answer: 3}\n', "line 3: not a JSON object"),
-    ('{"question": "a", "answer": "1"}\n{"question": "b"}\n', "line 2: no question or no answer"),
-    ('{"answer": "1"}\n', "line 1: no question or no answer"),
-    ('{"question": "a", "answer": null}\n', "line 1: no question or no answer"),
-    ('{"question": "a", "answer": "  "}\n', "line 1: no question or no answer"),
-    ('{"question": "a", "answer": "work #### "}\n', "line 1: no question or no answer"),
-    ('{"question": " ", "answer": "1"}\n', "line 1: no question or no answer"),
+    ('{"question": "a", "answer": "1"}\n{"answer": "1"}\n', "line 2: no question"),
+    ('{"question": " ", "answer": "1"}\n', "line 1: no question"),
+    ('{"question": "a"}\n', "has no answers"), ('{"question": "a", "answer": null}\n', "has no answers"),
+    ('{"question": "a", "answer": "  "}\n', "has no answers"), ('{"question": "a", "answer": "work #### "}\n', "has no answers"),
     ('[1, 2]\n', "line 1: not a JSON object"), ("", "is empty"), ("\n\n", "is empty"),
 ])
 def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
@@ -81,6 +79,16 @@ def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(InputError, match=message):
         read_problems(path)
+
+
+def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
+    path, answers = tmp_path / "golds.jsonl", ["1", None, "", ".", "#### ", "1" * 301, "1" * 401, r"\int_0^1 f", 0]
+    path.write_text("".join(json.dumps({"question": f"q{i}", "answer": answer}) + "\n" for i, answer in enumerate(answers)))
+    problems = read_problems(path)
+    assert [problem.answer for problem in problems][:5] == ["1", "", "", ".", ""] and len(problems) == len(answers)
+    paid = [accuracy_reward(f"\\boxed{{{problem.answer}}}", problem.answer) for problem in problems]
+    assert paid == [1, 0, 0, 0, 0, 0, 0, 1, 1]
+    assert f"{path}: no reward for 6 of 9 questions" in capsys.readouterr().out
 
 
 def test_files_that_are_no_text_and_unknown_names(tmp_path):

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
-from eval import InputError, load_model, load_problems
+from eval import InputError, Problem, load_model, load_problems
 from helpers import make_chat_model
 from train import BUILTIN, Config, learning_rate, micro_batches, parse_config
 
@@ -73,7 +73,12 @@ BAD = {
     "tiny model on GSM8K": (["--problems", "gsm8k"], "needs a --model"),
     "no problems": (["--model", "CHAT", "--problems", "nothing.jsonl"], "neither|no problems"),
     "bad JSON": (["--model", "CHAT", "--problems", "broken.jsonl"], "broken.jsonl, line 3: not a JSON object"),
-    "no answer": (["--model", "CHAT", "--problems", "unanswered.jsonl"], "unanswered.jsonl, line 2: no question or no answer"),
+    "no question": (["--model", "CHAT", "--problems", "unasked.jsonl"], "unasked.jsonl, line 2: no question"),
+    "no answers": (["--model", "CHAT", "--problems", "unanswered.jsonl"], "unanswered.jsonl is empty or has no answers"),
+    "no reward file": (["--reward", "nowhere.py:length"], "--reward nowhere.py:length: FileNotFoundError"),
+    "no reward function": (["--reward", "own.py:width"], "--reward own.py:width: KeyError"),
+    "no function named": (["--reward", "own.py"], "want FILE.py:FUNCTION"),
+    "broken reward file": (["--reward", "wrong.py:length"], "--reward wrong.py:length: SyntaxError"),
     "empty file": (["--model", "CHAT", "--problems", "empty.jsonl"], "empty.jsonl is empty"),
     "one problem": (["--model", "CHAT", "--problems", "one.jsonl"], "too small to hold some out"),
     "no solutions": (["--model", "CHAT", "--problems", "plain.jsonl", "--sft-steps", "5"], "--sft-steps needs worked"),
@@ -87,10 +92,12 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(case, tmp_path, monkeypatch, chat_folder):
     monkeypatch.chdir(tmp_path)
     line = '{"question": "1+1?", "answer": "2"}\n'
-    files = {"broken": line * 2 + "{nope\n", "unanswered": line + '{"question": "2+2?"}\n', "empty": "", "one": line,
+    files = {"broken": line * 2 + "{nope\n", "unasked": line + '{"answer": "2"}\n', "unanswered": '{"question": "2+2?"}\n', "empty": "", "one": line,
              "plain": "".join(line.replace("1+1", f"1+{n}") for n in range(20))}
     for name, text in files.items():
         Path(f"{name}.jsonl").write_text(text)
+    Path("own.py").write_text("def length(prompts, completions, answer):\n    return [1.0 for _ in completions]\n")
+    Path("wrong.py").write_text("def length(\n")
     Path("taken").mkdir()
     Path("taken/file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
@@ -198,9 +205,9 @@ def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file
 
 # --- Runs -------------------------------------------------------------------------------------------
 
-def parity_reward(text, gold):
+def parity_rewards(prompts, completions, answer):
     """A model that has seen three batches gets no answer right. This reward varies all the same."""
-    return float(len(text) % 2)
+    return [float(len(text) % 2) for text in completions]
 
 
 SHORT_RUN = [*SHORT, "--steps", "3", "--iterations", "2", "--eval-every", "2", "--mu", "2", "--lr-warmup", "0"]
@@ -210,7 +217,7 @@ SHORT_RUN = [*SHORT, "--steps", "3", "--iterations", "2", "--eval-every", "2", "
 def short_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("short") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "accuracy_reward", parity_reward)
+        patch.setattr(train, "load_reward", lambda name: parity_rewards)
         train.main([*SHORT_RUN, "--out", str(out)])
     return out
 
@@ -233,7 +240,7 @@ def test_a_run_leaves_complete_files(short_run):
 
 def test_the_reference_is_the_policy_at_the_start_of_each_iteration(tmp_path, monkeypatch):
     """On CPU the KL is exactly 0 there, and not in between."""
-    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    monkeypatch.setattr(train, "load_reward", lambda name: parity_rewards)
     train.main([*SHORT, "--out", str(tmp_path / "run"), "--steps", "3", "--iterations", "2", "--lr-warmup", "0"])
     rows = rows_of(tmp_path / "run")[1:]
     assert [row["kl"] == 0.0 for row in rows] == [True, False, False, True, False, False]
@@ -258,11 +265,63 @@ def test_a_run_is_a_model_folder(short_run, tmp_path, capsys):
 
 
 def test_same_seed_same_numbers(short_run, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    monkeypatch.setattr(train, "load_reward", lambda name: parity_rewards)
     for name, seed in (("same", 0), ("other", 1)):
         train.main([*SHORT_RUN, "--out", str(tmp_path / name), "--seed", str(seed)])
     assert without_clock(rows_of(tmp_path / "same")) == without_clock(rows_of(short_run))
     assert without_clock(rows_of(tmp_path / "other")) != without_clock(rows_of(short_run))
+
+
+OWN_REWARD = """
+import math
+
+WANTED = "5"
+
+def fives(prompts, completions, answer, **kwargs):
+    assert len(prompts) == len(completions) == len(answer) and kwargs == {}
+    return [math.sqrt(text.count(WANTED)) for text in completions]
+
+def fussy(prompts, completions, answer):
+    return [1 / (WANTED not in text) for text in completions]
+
+def short(prompts, completions, answer):
+    return [1.0]
+
+def endless(prompts, completions, answer):
+    return [float("inf") if WANTED in text else 0.0 for text in completions]
+"""
+
+
+def test_a_reward_of_ones_own(tmp_path, monkeypatch):
+    """--reward FILE.py:FUNCTION is called with questions, completions and golds, and decides the advantages."""
+    (tmp_path / "own.py").write_text(OWN_REWARD)
+    batches, update = [], train.update
+    monkeypatch.setattr(train, "update", lambda policy, optimizer, batch, *rest: batches.append(batch) or update(
+        policy, optimizer, batch, *rest))
+    train.main([*SHORT, "--steps", "2", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:fives"])
+    for batch, row in zip(batches, rows_of(tmp_path / "run")[1:], strict=True):
+        expected = torch.tensor([text.count("5") ** 0.5 for text in batch.texts])
+        assert torch.equal(batch.rewards.flatten(), expected) and expected.max() > 0
+        assert row["reward"] == pytest.approx(expected.mean().item())
+
+
+@pytest.mark.parametrize("name, reason", [("fussy", "ZeroDivisionError"), ("short", "not one finite number"), ("endless", "inf")])
+def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_REWARD)
+    with pytest.raises(InputError, match=reason) as error:
+        train.main([*SHORT, "--steps", "9", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:{name}"])
+    assert "\n" not in str(error.value) and "question '" in str(error.value)
+    completion = str(error.value).partition(", completion ")[2]
+    assert "5" in completion or name == "short"   # the one that caused it, not just the first of the batch
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]
+
+
+def test_rewards_are_asked_for_with_the_gold_of_each_row():
+    problems = [Problem(f"{n}?", str(n)) for n in range(3)]
+    rows = [problem for problem in problems for _ in range(2)]
+    texts = [f"\\boxed{{{n}}}" for n in (0, 1, 1, 1, 2, 0)]
+    assert train.score_texts(train.load_reward(""), rows, texts).tolist() == [1, 0, 1, 1, 1, 0]
 
 
 def test_runs_take_the_next_free_folder(tmp_path, monkeypatch):
@@ -284,7 +343,7 @@ def test_the_bf16_path(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=copying))
     monkeypatch.setattr(train, "pick_device", lambda name: (torch.device("cpu"), True))
-    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    monkeypatch.setattr(train, "load_reward", lambda name: parity_rewards)
     monkeypatch.setattr(train, "sample_problems", lambda model, *rest, original=train.sample_problems: (
         seen.add(next(model.parameters()).dtype), original(model, *rest))[1])
     monkeypatch.setattr(train, "grpo_loss", lambda *tensors, original=train.grpo_loss: (
@@ -307,7 +366,7 @@ def test_the_bf16_path(tmp_path, monkeypatch):
 def test_variants_run_through(flags, tmp_path, monkeypatch):
     copies, deepcopy = [], train.copy.deepcopy
     monkeypatch.setattr(train, "copy", SimpleNamespace(deepcopy=lambda model: copies.append(model) or deepcopy(model)))
-    monkeypatch.setattr(train, "accuracy_reward", parity_reward)
+    monkeypatch.setattr(train, "load_reward", lambda name: parity_rewards)
     if "--mask-truncated" in flags:   # let nothing ever end
         monkeypatch.setattr(evaluation, "eos_token_ids", lambda *_: set())
     train.main([*SHORT, "--steps", "2", "--out", str(tmp_path / "run"), *flags])
@@ -361,7 +420,7 @@ def test_control_c_saves_the_model(tmp_path):
             break
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert process.returncode == 130 and "stopped" in errors and "Traceback" not in errors
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]["in"]["n"] == 4
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
 
