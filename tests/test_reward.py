@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 import reward
+from helpers import make_chat_model
 from reward import accuracy_reward, accuracy_rewards, clean, extract_answer, final_answer, is_equivalent, parse, step_rewards
 
 
@@ -394,6 +395,32 @@ def test_rewards_of_texts_and_of_chat_messages():
 def test_the_final_answer_of_a_solution():
     assert final_answer("48/2=24\n#### 24 ") == "24" and final_answer("24") == final_answer(24) == "24"
     assert final_answer(None) == final_answer("work\n#### ") == "" and final_answer(0) == "0"
+
+
+def test_the_ten_lines_of_the_readme_train_with_trl(tmp_path, monkeypatch):
+    """With a small model and a few problems of our own in place of those of the hub."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    code = re.search(r"```python\n(.*?)```", readme, re.S)[1].replace('"Qwen/Qwen2.5-0.5B-Instruct"', "MODEL")
+    rows = [{"question": f"{n}+1?", "answer": f"One more than {n}.\n#### {n + 1}"} for n in range(16)]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    small = dict(output_dir=str(tmp_path / "trl"), max_completion_length=8, max_steps=1, use_cpu=True, bf16=False, report_to="none",
+                 save_strategy="no", logging_steps=1)
+    monkeypatch.setattr(trl, "GRPOConfig", lambda original=trl.GRPOConfig, **given: original(**{**given, **small}))
+    calls, original = [], reward.accuracy_rewards
+
+    def accuracy_rewards(**arguments):
+        calls.append(arguments)
+        return original(**arguments)
+
+    monkeypatch.setattr(reward, "accuracy_rewards", accuracy_rewards)
+    names = {"MODEL": str(make_chat_model(tmp_path / "model"))}
+    exec(code, names)
+    assert names["trainer"].state.global_step == 1 and len(calls) == 1
+    assert isinstance(calls[0]["completions"][0], list) and set(calls[0]["answer"]) <= {row["answer"] for row in rows}
+    right = [[{"role": "assistant", "content": boxed(answer.split()[-1])}] for answer in calls[0]["answer"]]
+    assert set(original(**{**calls[0], "completions": right})) == {1.0}
+    assert set(original(**calls[0])) <= {0.0, 1.0}
 
 
 # --- steps --------------------------------------------------------------------------------------------
