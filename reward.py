@@ -1,17 +1,17 @@
 r"""Rule-based math rewards: the text of a completion in, 1.0 or 0.0 out.
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be. Hence the answer must be
-marked, the whole marked text is the answer, and what is not understood is wrong. An answer is cleaned,
-parsed and compared; text of a model is never run as code, every scan is linear and every number bounded.
+marked, the whole marked text is the answer, and what is not understood must be the same text. An answer is
+cleaned, parsed and compared; text of a model is never run as code, and every text and number is bounded.
 
 Conventions, each a choice (change one, and the tests will tell you what moved):
->>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # the kind of marker decides, then the last
+>>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # a box before a tag before ####, then the last
 '2'
 >>> accuracy_reward("The answer is 18.", "18")                  # a bare number earns nothing
 0.0
 >>> [is_equivalent(hedge, "18") for hedge in ("18 or 20", "17, 18", r"18 \pm 1", "[10, 20]")]
 [False, False, False, False]
->>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # % as a unit
+>>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # % may be a unit
 ([True, True, True], False)
 >>> is_equivalent(r"2 \cdot 3^2", "18"), is_equivalent("9+9", "18")   # a product or sum equals its value
 (True, True)
@@ -57,16 +57,16 @@ def extract_answer(completion):
     completion = completion.rpartition("</think>")[2]
     if "<think>" in completion:
         return None
-    box = max((box.end() for box in re.finditer(r"\\(?:boxed|fbox)\s*\{", completion)), default=None)
+    *before, boxed = re.split(r"\\(?:boxed|fbox)\s*\{", completion)
     _, tag, tagged = completion.rpartition("</answer>")[0].rpartition("<answer>")
     _, mark, line = f"\n{completion}".rpartition("\n#### ")
-    answer = tagged if tag else line.split("\n", 1)[0] if mark else ""
-    if box:
+    answer = tagged.partition("</answer>")[0] if tag else line.partition("\n")[0] if mark else ""
+    if before:   # the last box counts; if its brace is never closed, there is no answer
         answer, depth = "", 1
-        for brace in re.finditer(r"\\.|[{}]", completion[box:box + MAX_ANSWER + 1]):   # "\{" is no brace
-            depth += (brace[0] == "{") - (brace[0] == "}")
+        for brace in re.finditer(r"\\.|[{}]", boxed[:MAX_ANSWER + 1]):   # "\{" is no brace
+            depth += {"{": 1, "}": -1}.get(brace[0], 0)
             if depth == 0:
-                answer = completion[box:box + brace.start()]
+                answer = boxed[:brace.start()]
                 break
     return answer.strip() if 0 < len(answer.strip()) <= MAX_ANSWER else None
 
@@ -75,84 +75,89 @@ def extract_answer(completion):
 
 _CHARACTERS = str.maketrans({
     **{0xFEE0 + code: code for code in range(0x21, 0x7F)},   # fullwidth forms
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty ", "≤": "<=",
-    "≥": ">=", "∪": r"\cup ", "∈": r"\in ", "±": r"\pm ", "²": "^2", "³": "^3", "$": "~", "£": "~", "€": "~"})
-# "~" is where a text or a currency sign was: 5\text{m} has a unit, 5m a factor.
-_MACROS = {
-    **dict.fromkeys("left right big Big bigg Bigg displaystyle !".split(), ""), "circ": "°", "degree": "°",
-    **dict.fromkeys("quad qquad text mathrm mathbf , ; :".split() + [" "], " "), "dfrac": "\\frac",
-    "tfrac": "\\frac", "cfrac": "\\frac", "times": "*", "cdot": "*", "div": "/", "%": "%", "~": "~",
-    "lt": "<", "gt": ">", "le": "<=", "leq": "<=", "ge": ">=", "geq": ">="}
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "∈": "=",
+    "∪": r"\cup ", "±": r"\pm ", "²": "^2", "³": "^3", "。": ".", **dict.fromkeys("$＄£€¥￥~", " ")})
+_MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x = S
+    "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf , ; :", "\\frac": "dfrac tfrac cfrac",
+    "*": "times cdot", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant", ">=": "ge geq geqslant",
+    "°": "circ degree", "%": "%"}.items() for name in names.split()}}
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order
     (r"^\\[(\[](.*)\\[)\]]$", r"\1"),   # \( ... \)
+    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"\\(?:text[a-z]*|mbox|math(?:rm|bf)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
     (r"\{,\}|,\\! ?", ","),
-    (r"\\\\|\\([A-Za-z]+|[^A-Za-z])", lambda match: _MACROS.get(match[1], match[0])),
+    (r"√ ?(\d+|\([^()]*\))", r"\\sqrt{\1}"),
+    (r"\\([A-Za-z]+|.)", lambda match: _MACROS.get(match[1], match[0])),
+    (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", "~"),
     (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
-    (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", ""),
     (r"[ ~]?\b(?:percent|per cent|pct)\b", "%"),
-    (r"(\\[a-z]{2,3}) ?\(([a-z\d])\)", r"\1 \2"),   # \cot(x)
+    (r"(\\[a-z]{2,3}) ?\((\\?[a-z]+|\d)\)", r"\1 \2"),   # \cot(x)
     (r"_ ?\{[ ~]?(\w+)[ ~]?\}", r"_\1 "),
-    (r"\\begin\{(?:[pbB]?matrix|smallmatrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\begin "),
-    (r"(?:\\\\ ?)?\\end\{(?:[pbB]?matrix|smallmatrix|array)\}", r"\\end "),
+    (r"(?:\\\\ ?)?\\(begin|end)\{(?:[pbB]?matrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
     (r",?[ ~](?:and|or)[ ~]", ", "),
     (r"^[ ~]+|[ ~]*\.?[ ~]*$", ""),
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d ])", lambda match: re.sub(r"\D", "", match[0])),   # 10 000
-    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),                                                      # \frac12
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d /])", lambda match: match[0].replace(" ", "")),   # 10 000
+    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),                                                 # \frac12
     (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),
-    (r"(?<![\w.^}])(\d+)[ ~]?(\\frac\{\d+\}\{\d+\})", r"{\1+\2}"),                               # 1\frac{1}{2}
-    (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),                                   # 1 1/2
+    (r"(?<![\w.^}])(\d+)[ ~]?(\\frac\{\d+\}\{\d+\})", r"{\1+\2}"),                          # 1\frac{1}{2}
+    (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),                              # 1 1/2
 ]]
 
 
 def clean(text):
-    r"""One spelling for what means the same; values stay.
+    r"""One spelling for what means the same; values stay. "" if there is no text or too much. str -> str.
 
     >>> clean(r"$\$1,234.50$."), clean(r"\dfrac12"), clean("１８ degrees"), clean(r"\left(1,2\right)")
     ('1234.50', '\\frac{1}{2}', '18', '(1,2)')
     """
-    text = " ".join(text.replace("~", " ").translate(_CHARACTERS).split())
+    if not text or len(text) > MAX_ANSWER:
+        return ""
+    text = " ".join(text.translate(_CHARACTERS).split())
     for pattern, new in _REWRITES:
         text = pattern.sub(new, text)
     if not re.search(r"[(\[]|\\\{", text):   # (1,000) may be a point
         text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match[0].replace(",", ""), text)
-    return text
+    return text if len(text) <= MAX_LENGTH else ""
 
 
-# Behind a number: a \text{...}, or a word behind a space, or one of these abbreviations.
-_UNIT = re.compile(r"(?<=[\d})\]%!i])(?:~(?:[^\d~]{2,}|[mghsLNJWVKCF])|[ ~][A-Za-z]{3,}(?:[ /][A-Za-z]+)*|[ ~]?(?:cm|mm|km|kg|mg|mL"
-                   r"|ft|in|lbs?|oz|hrs?|mph|min))~?(?:\^\{?[23]\}?)?$")
-_NO_UNIT = re.compile(r"\b(?:or|and|not?|nor|of|plus|minus|times|over|hal(?:f|ves)|thirds?|dozens?|hundreds?"
-                      r"|thousands?|[a-z]+illions?|squared|cubed|point|base|mod|pi|[ei])\b")
+_UNIT = re.compile(r"""(?<=[\d})\]%!i])                       # behind a number, a bracket or \pi
+    (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{...}
+    | [ ~] [A-Za-z]{3,} (?: [ /][A-Za-z]+ )*                     # a word behind a space: miles per hour
+    | [ ~]? (?: cm|mm|km|kg|mg|mL|ft|in|lbs?|oz|hrs?|mph|min ) (?: /[a-z]+ )?
+    | [ ~]? [一-鿿]+ ) ~? (?: \^ \{? [23] \}? )? $""", re.X)       # Chinese characters; cm^2
+_NO_UNIT = re.compile(r"\b(?:or|and|not?|nor|of|plus|minus|times|over|below|negative|hal(?:f|ves)|thirds?|quarters?|dozens?"
+                      r"|hundreds?|thousands?|[a-z]+illions?|squared|cubed|factorial|base|mod|sin|cos|tan|log|pi|[ei])\b"
+                      r"|[百万亿十半]|千(?![克米瓦])")
 
 
 def _split_unit(text):
-    """("18", "2chin") of "18 square inches" and "18 inch^2", sorted;  ("18 x", "") of "18 x", no unit."""
+    """("18", "inches2") of "18 square inches" and "18 inches^2";  ("18 x", "") of "18 x": a letter is a factor."""
     match = _UNIT.search(text)
-    unit = match[0].casefold().replace("square ", "2").replace("cubic ", "3") if match else ""
-    if not match or _NO_UNIT.search(unit):
+    if not match or _NO_UNIT.search(match[0].casefold()):
         return text, ""
-    return text[:match.start()], "".join(sorted(re.findall("[a-z23]", re.sub(r"((?<=ch)e)?s\b", "", unit))))
+    unit = re.sub(r"\bcubic (.*)", r"\1 3", re.sub(r"\b(?:square|sq\.?) (.*)", r"\1 2", match[0].casefold()))
+    return text[:match.start()], re.sub("[^a-z23一-鿿]", "", unit)
 
 
 def _split_name(text):
-    r"""A name in front, and what it is: ("x", "5") of "x = 5", ("x", "5, 6") of "x = 5, x = 6"; else ("", text).
+    r"""("x", "5") of "x = 5", ("x", "5, 6") of "x = 5, x = 6", a name and its interval of x >= 5; else ("", text).
 
     >>> _split_name("1 < x <= 3"), _split_name("x >= 5"), _split_name("2x = 5")
     (('x', '(1, 3]'), ('x', '[5, \\infty)'), ('', '2x = 5'))
     """
-    name = re.match(r"(\\?[A-Za-z]+(?:_\w+|\([a-z]\))?|\([a-z](?:, ?[a-z])+\)) ?(?:=|\\in(?![a-z]))", text)
+    name = re.match(r"(\\?[A-Za-z]+(?:_\w+|\(\w\))?|\([a-z](?:, ?[a-z])+\))[ ~]*=", text)
     if name:
-        rest = re.sub(rf"(^|, ?){re.escape(name[1])} ?(?:=|\\in(?![a-z]))", r"\1", text)
-        return ("", text) if "," in rest and "=" in rest else (name[1], rest)
+        rest = re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)
+        return ("", text) if "," in rest and "=" in rest else (name[1], rest)   # not of x = 1, y = 2
     parts = re.split(r"[ ~]?([<>]=?)[ ~]?", text)
-    if ">" in "".join(parts[1:2]):
+    if ">" in text:   # 3 >= x is x <= 3
         parts = [part.replace(">", "<") for part in reversed(parts)]
     if len(parts) == 3:
         parts = ["-\\infty", "<", *parts] if parts[0].isalpha() else [*parts, "<", "\\infty"]
-    if len(parts) != 5 or not re.fullmatch("[A-Za-z]", parts[2]) or not {parts[1], parts[3]} <= {"<", "<="}:
+    if len(parts) != 5 or not re.fullmatch("[A-Za-z]", parts[2]) or {"<", ">"} <= set(text):
         return "", text
-    return parts[2], f"{'(['[parts[1] == '<=']}{parts[0]}, {parts[4]}{')]'[parts[3] == '<=']}"
+    low, left, name, right, high = parts
+    return name, f"{'[' if left == '<=' else '('}{low}, {high}{']' if right == '<=' else ')'}"
 
 
 # --- 3. The parser ------------------------------------------------------------------------------------
@@ -169,6 +174,13 @@ def _items(value, kind):
     return value.items if isinstance(value, Group) and value.kind == kind else (value,)
 
 
+def _close(a, b):
+    """Whether two values at one point are the same: exactly if groups or Fractions, else (roots, letters) to 1e-10."""
+    if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
+        return a == b
+    return cmath.isfinite(a) and cmath.isclose(a, b, rel_tol=1e-10)
+
+
 def _power(base, exponent):
     """base ** exponent, exact where the exponent is whole; an odd root of a negative number is real."""
     top, degree = exponent.as_integer_ratio() if isinstance(exponent, Fraction) else (0, 1)
@@ -179,19 +191,20 @@ def _power(base, exponent):
     return base ** exponent
 
 
-_BINDING = {"\\\\": 1, "&": 2, ",": 3, "=": 4, "\\cup": 5, "+": 6, "-": 6, "*": 7, "/": 7, "2x": 7, "^": 8}
-_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
-               "2x": operator.mul, "^": _power}
-_BRACKETS = ["()", "[]", "[)", "(]", "{}", "\\{\\}", "\\begin\\end", "\\langle\\rangle"]
-_LETTER = r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|epsilon|theta|lambda|mu|rho|sigma|phi|omega|infty)(?![a-z]))"
+_BINDING = {"\\\\": 1, "&": 2, ",": 3, "=": 4, "\\cup": 5, "+": 6, "-": 6, "*": 7, "/": 7, "^": 8}
+_ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power}
+_KINDS = {"": "", "{}": "", "\\begin\\end": "", "\\{\\}": ",",   # of brackets; "": they only hold together
+          **{kind: kind for kind in ("()", "[]", "[)", "(]", "\\langle\\rangle")}}
+_LETTER = (r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|Delta|epsilon|varepsilon|theta|lambda|mu|rho|sigma|tau|phi|omega"
+           r"|ell|infty)(?![a-z]))")
 _NAME = rf"{_LETTER}(?:_(?:\d+|[A-Za-z]+))?"                          # x or x_1
 _NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-_FACTOR = re.compile(rf"[({{]|\\frac|\\?sqrt|\\?pi|{_NAME}", re.A)    # may follow another one without a sign
-_TOKEN = re.compile(rf"[ ~]*(\\?(?:pi|sqrt)(?![A-Za-z])|[A-Za-z]{{4,}}|{_NAME}|{_NUMBER}|\\[A-Za-z]+|\\.|.|$)",
-                    re.A | re.S)
+_FACTOR = re.compile(r"[({]|\\frac|\\?sqrt|\\?pi|" + _NAME, re.A)      # may follow another one without a sign
+_TOKEN = re.compile(r"[ ~]*(\\?(?:pi|sqrt)(?![A-Za-z])|[A-Za-z]{4,}|[A-Z]{2,}"
+                    rf"|{_NAME}|{_NUMBER}|\\[A-Za-z]+|\\?.|$)", re.A | re.S)
 
 
-def _expression(tokens, point, loosest=0, depth=0):
+def _expression(tokens, point, loosest, depth):
     """Takes an expression off the end of `tokens`, which stand from right to left, and returns its value.
 
     Recursive descent with precedence climbing: reads on as long as operators bind more tightly than `loosest`.
@@ -199,27 +212,23 @@ def _expression(tokens, point, loosest=0, depth=0):
     """
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
-    token = tokens.pop()
-    if token in ("+", "-"):
-        value = _expression(tokens, point, max(loosest, _BINDING["+"]), depth + 1)
-        value = -value if token == "-" else value
+    if tokens[-1] in ("+", "-"):
+        sign = _ARITHMETIC[tokens.pop()]   # -x is 0 - x
+        value = sign(Fraction(0), _expression(tokens, point, max(loosest, _BINDING["+"]), depth + 1))
     else:
-        value = _atom(token, tokens, point, depth + 1)
+        value = _atom(tokens, point, depth + 1)
+    while tokens[-1] in ("%", "!"):   # the range finds 0, 1, ..., 100, and raises at all else
+        value = value / 100 if tokens.pop() == "%" else Fraction(math.factorial(range(101).index(value)))
     while True:
         if isinstance(value, Fraction) and (value.numerator * value.denominator).bit_length() > MAX_BITS:
             raise OverflowError("too large")
-        token = tokens[-1]
-        infix = token if token in _BINDING else "2x" if _FACTOR.fullmatch(token) else ""
-        if token not in ("%", "!") and (not infix or _BINDING[infix] <= loosest):
+        infix = "*" if _FACTOR.fullmatch(tokens[-1]) else tokens[-1]   # 2x is 2*x
+        if _BINDING.get(infix, 0) <= loosest:
             return value
-        if infix != "2x":
+        if infix == tokens[-1]:
             tokens.pop()
-        right = _expression(tokens, point, _BINDING[infix] - (infix == "^"), depth + 1) if infix else None
-        if token == "%":
-            value /= 100
-        elif token == "!":
-            value = Fraction(math.factorial(range(101).index(value)))   # or ValueError
-        elif infix in _ARITHMETIC:
+        right = _expression(tokens, point, _BINDING[infix] - (infix == "^"), depth + 1)   # 2^3^2 is 2^(3^2)
+        if infix in _ARITHMETIC:
             value = _ARITHMETIC[infix](value, right)
         elif infix != "=":
             value = Group(infix, (*_items(value, infix), right))
@@ -227,28 +236,25 @@ def _expression(tokens, point, loosest=0, depth=0):
             value = Group("=", (value - right,))
 
 
-def _atom(token, tokens, point, depth):
-    """The value of a number, a letter (at each point another fixed number), a macro or a bracket."""
-    if re.match(r"\.?\d", token, re.A) and len(token) <= 100:
+def _atom(tokens, point, depth):
+    """Takes a number, a letter, a macro or a bracket off the end of `tokens`, and returns its value."""
+    token = tokens.pop()
+    if re.fullmatch(_NUMBER, token, re.A) and len(token) <= 100:
         return Fraction(token)
     if token in ("i", "pi", "\\pi"):
         return 1j if token == "i" else math.pi
     if token == "\\frac":
-        return _atom(tokens.pop(), tokens, point, depth + 1) / _atom(tokens.pop(), tokens, point, depth + 1)
+        return _atom(tokens, point, depth) / _atom(tokens, point, depth)
     if token in ("\\sqrt", "sqrt"):
-        degree = _atom(tokens.pop(), tokens, point, depth).items[0] if tokens[-1] == "[" else 2
-        return _power(_atom(tokens.pop(), tokens, point, depth + 1), 1 / Fraction(degree))
-    if re.fullmatch(_NAME, token, re.A):
+        degree = _atom(tokens, point, depth).items[0] if tokens[-1] == "[" else 2
+        return _power(_atom(tokens, point, depth), 1 / Fraction(degree))
+    if re.fullmatch(_NAME, token, re.A):   # each letter, \infty too, is a fixed number; at the last point a negative
         return (1, 1, -1)[point] * (0.5 + zlib.crc32(f"{token} {point}".encode()) / 2**32)
-    if not any(kind.startswith(token) for kind in _BRACKETS):
-        raise ValueError(f"not understood: {token!r}")
-    inside = _expression(tokens, point, 0, depth)
-    kind, inner = token + tokens.pop(), getattr(inside, "kind", "")
-    if kind not in _BRACKETS:
-        raise ValueError(f"brackets that do not match: {kind}")
-    if inner in ("&", "\\\\") or kind in ("{}", "\\begin\\end") or (kind == "()" and inner != ","):
+    inside = _expression(tokens, point, 0, depth)   # any other token has to open a bracket, or a KeyError follows
+    kind, items = _KINDS[token + tokens.pop()], _items(inside, ",")
+    if not kind or (kind == "()" and len(items) == 1) or getattr(inside, "kind", "") in ("&", "\\\\"):
         return inside
-    return Group("," if kind == "\\{\\}" else kind, _items(inside, ","))
+    return Group(kind, items)
 
 
 @functools.lru_cache(maxsize=1000)   # the answers of a group are compared with one gold
@@ -258,39 +264,25 @@ def parse(text):
     >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
     (Fraction(3, 4), None, None, None)
     """
-    # 1 \pm 2 is the list 1 + 2, 1 - 2.
-    readings = dict.fromkeys(text.replace("\\pm", a).replace("\\mp", b) for a, b in ("+-", "-+"))
-    values = []
+    if re.search(r"\\pm|\\mp", text):   # 1 \pm 2 is the list of 1 + 2 and 1 - 2; what both hold counts once
+        plus, minus = (parse(text.replace("\\pm", a).replace("\\mp", b)) or [] for a, b in ("+-", "-+"))
+        both = [(_items(p, ","), _items(m, ",")) for p, m in zip(plus, minus)]
+        return [Group(",", (*p, *(b for b in m if not any(_close(a, b) for a in p)))) for p, m in both] or None
+    tokens = ["", *_TOKEN.findall(text)][::-1]   # the last token is "": a whole text is a bracket from "" to ""
     try:
-        for point in range(3):
-            items = []
-            for reading in readings:
-                tokens = _TOKEN.findall(reading)[::-1]
-                value = _expression(tokens, point)
-                if tokens[-1]:
-                    raise ValueError("not all was read")
-                items += [item for item in _items(value, ",") if not any(_close(item, other) for other in items)]
-            values.append(value if len(readings) == 1 else Group(",", tuple(items)))
-        return values
+        return [_atom(tokens.copy(), point, 0) for point in range(3)]
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         return None
 
 
 # --- 4. Comparison ------------------------------------------------------------------------------------
 
-def _close(a, b):
-    """Whether two values at one point are the same: exactly, or where there are roots and letters to 1e-10."""
-    if any(isinstance(value, Group) for value in (a, b)) or all(isinstance(value, Fraction) for value in (a, b)):
-        return a == b
-    return cmath.isfinite(a) and cmath.isclose(a, b, rel_tol=1e-10)
-
-
 def _same(a, b):
     """Whether two values, each given at all points, are the same."""
     kinds = {getattr(value, "kind", None) for value in (*a, *b)}
     if kinds == {None}:
         return all(map(_close, a, b))
-    if len(kinds) > 1 or not len(a[0].items) == len(b[0].items) <= MAX_ITEMS:
+    if len(kinds) > 1 or len(a[0].items) != len(b[0].items) or len(a[0].items) > MAX_ITEMS:
         return False
     a, b = ([*zip(*(group.items for group in values))] for values in (a, b))   # items, each at all points
     if kinds == {"="}:   # left - right, the same up to a factor
@@ -314,25 +306,25 @@ def is_equivalent(answer, gold):
     >>> is_equivalent("18", "18.0000001"), is_equivalent("0.333", "1/3"), is_equivalent("(1,2]", "[1,2]")
     (False, False, False)
     """
-    if not answer or not gold or max(len(answer), len(gold)) > MAX_ANSWER:
-        return False
     answer, gold = clean(answer), clean(gold)
-    if not answer or not gold or max(len(answer), len(gold)) > MAX_LENGTH:
+    if not answer or not gold:
         return False
     if _TOKEN.findall(answer) == _TOKEN.findall(gold):   # the same but for spaces
         return True
     words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
-    if all(word.isalpha() for word in words):
-        return words[0] == words[1]
+    if words[0] == words[1] and words[0].isalpha():
+        return True
     (answer, unit), (gold, gold_unit) = _split_unit(answer), _split_unit(gold)
-    if unit and gold_unit and unit != gold_unit:
+    a, b = sorted((set(unit), set(gold_unit)), key=len)   # one may be short for the other: cm, centimeters
+    if a and not (a <= b and unit[0] == gold_unit[0]):
         return False
     (name, value), (gold_name, gold_value) = _split_name(answer), _split_name(gold)
     pairs = [(answer, gold)] if name != gold_name else []   # of y = 2x the y may be part of an equation, too
     if name == gold_name or not name or not gold_name:
-        pairs += [(value, gold_value), (value.removesuffix("%") if "%" not in gold else "", gold_value)]
-    pairs = [(parse(value), parse(gold)) for value, gold in pairs]
-    return any(value and gold and _same(value, gold) for value, gold in pairs)
+        pairs.append((value, gold_value))
+        if "%" not in gold:   # read as a unit
+            pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
+    return any(parse(a) and parse(b) and _same(parse(a), parse(b)) for a, b in pairs)
 
 
 # --- 5. Rewards ---------------------------------------------------------------------------------------
@@ -344,8 +336,7 @@ def accuracy_reward(completion, gold):
     (1.0, 0.0, 0.0)
     """
     try:
-        answer = extract_answer(completion)
-        return float(answer is not None and is_equivalent(answer, gold))
+        return float(is_equivalent(extract_answer(completion), gold))
     except Exception:   # whatever a completion provokes, it earns nothing
         return 0.0
 
@@ -367,11 +358,6 @@ def accuracy_rewards(prompts, completions, answer, **kwargs):
     return [accuracy_reward(text, final_answer(gold)) for text, gold in zip(texts, answer, strict=True)]
 
 
-# 3 * 4 = 12 = 24/2, with nothing before or behind it that could belong to it.
-_EQUATION = re.compile(r"(?<![\w.,)%}=+*/^-])(?<![\d.)%=+*/^x-] )[( ]*[\d.]+\)?[~ ]?[-+*/][-+*/().\d~ ]{0,80}"
-                       r"(?:=[-+*/().\d~ ]{1,80})+(?<=[\d)])(?![\w\\^_(%]|[.,]\d| *[-+*/^=])", re.A)
-
-
 def step_rewards(completion):
     r"""1.0 or 0.0 for each step of a solution that can be checked: a list of (end, reward), end in characters.
 
@@ -384,17 +370,23 @@ def step_rewards(completion):
     """
     rewards = []
     for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
-        text = clean(re.sub(r"<<[^<>]*>>", "", step[0])) if len(step[0]) <= MAX_ANSWER else ""
-        text = re.sub(r"(?<=[\d)])[ ~]?x[ ~]?(?=[\d(])", "*", text)
-        equations = [re.split("[ ~]*=[ ~]*", equation) for equation in _EQUATION.findall(text)]
-        pairs = [pair for sides in equations if all(map(parse, sides)) for pair in zip(sides, sides[1:])]
-        if pairs:
-            rewards.append((step.end(), float(all(_holds(left, right) for left, right in pairs))))
+        text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
+        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(])", "*", text)
+        # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % makes words of them.
+        text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
+        checks = []
+        for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):   # cut at words and odd signs
+            sides = [side.strip() for side in chain.split("=")]   # 3*4 = 12 = 24/2; one that begins with + is a rest
+            if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(parse, sides)):
+                checks += map(_holds, sides, sides[1:])
+        if checks:
+            rewards.append((step.end(), float(all(checks))))
     return rewards
 
 
 def _holds(left, right):
     """Whether left = right, up to rounding to the decimals that the right side shows: 10/3 = 3.33."""
-    number, error = re.fullmatch(r"-?\d+(?:\.(\d*))?", right), parse(left)[0] - parse(right)[0]
-    half = Fraction(1, 2 * 10 ** len(number[1] or "")) if number else 0
+    error = parse(left)[0] - parse(right)[0]
+    number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
+    half = Fraction(1, 2 * 10 ** len(number[1] or "")) if number and re.search("[*/]", left) else 0
     return error == 0 or -half <= error < half
