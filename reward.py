@@ -81,26 +81,26 @@ _MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x =
     "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf , ; :", "\\frac": "dfrac tfrac cfrac",
     "*": "times cdot", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant", ">=": "ge geq geqslant",
     "°": "circ degree", "%": "%"}.items() for name in names.split()}}
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order
-    (r"^\\[(\[](.*)\\[)\]]$", r"\1"),   # \( ... \)
+_REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order, each with an example
+    (r"^\\[(\[](.*)\\[)\]]$", r"\1"),                                                      # \(18\)
     # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"\\(?:text[a-z]*|mbox|math(?:rm|bf)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
-    (r"\{,\}|,\\! ?", ","),
+    (r"\{,\}|,\\! ?", ","),                                                               # 1{,}000
     (r"√ ?(\d+|\([^()]*\))", r"\\sqrt{\1}"),
-    (r"\\([A-Za-z]+|.)", lambda match: _MACROS.get(match[1], match[0])),
-    (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", "~"),
+    (r"\\([A-Za-z]+|.)", lambda match: _MACROS.get(match[1], match[0])),                  # \dfrac
+    (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", "~"),                                    # 90^\circ
     (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
     (r"[ ~]?\b(?:percent|per cent|pct)\b", "%"),
-    (r"(\\[a-z]{2,3}) ?\((\\?[a-z]+|\d)\)", r"\1 \2"),   # \cot(x)
-    (r"_ ?\{[ ~]?(\w+)[ ~]?\}", r"_\1 "),
+    (r"(\\(?!pi)[a-z]{2,3}) ?\((\\?[a-z]+|\d)\)(?! ?[\w\\({])", r"\1 \2"),                 # \cot(x)
+    (r"_ ?\{[ ~]?(\w+)[ ~]?\}", r"_\1 "),                                                 # x_{1}
     (r"(?:\\\\ ?)?\\(begin|end)\{(?:[pbB]?matrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
-    (r",?[ ~](?:and|or)[ ~]", ", "),
-    (r"^[ ~]+|[ ~]*\.?[ ~]*$", ""),
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d /])", lambda match: match[0].replace(" ", "")),   # 10 000
-    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),                                                 # \frac12
-    (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),
-    (r"(?<![\w.^}])(\d+)[ ~]?(\\frac\{\d+\}\{\d+\})", r"{\1+\2}"),                          # 1\frac{1}{2}
-    (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),                              # 1 1/2
+    (r",?[ ~](?:and|or)[ ~]", ", "),                                                      # 1 and 2
+    (r"^[ ~]+|[ ~]*\.?[ ~]*$", ""),                                                       # 18 .
+    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d /])", lambda match: match[0].replace(" ", "")),  # 10 000
+    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),                                                # \frac12
+    (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),                                             # \frac{1}2
+    (r"(?<![\w.^}])(\d+)[ ~]?(\\frac\{\d+\}\{\d+\})", r"{\1+\2}"),                         # 1\frac{1}{2}
+    (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),                             # 1 1/2
 ]]
 
 
@@ -126,11 +126,11 @@ _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gr
 _UNIT = re.compile(rf"""(?<=[\d}})\]%!i])                     # behind a number, a bracket or \pi
     (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{{...}}
     | [ ~] [A-Za-z]{{3,}} (?: [ /][A-Za-z]+ )*                   # a word behind a space: miles per hour
-    | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? (?: /[a-z]+ )?
+    | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? (?: /[a-z]+ )?   # km/h
     | [ ~]? [一-鿿]+ ) ~? (?: \^ \{{? [23] \}}? )? $""", re.X)     # Chinese characters; cm^2
-_NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus times over below negative never was half
-    halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? tens dozens? hundreds? thousands?
-    [a-z]+illions? squared cubed factorial choose root base mod sin cos tan log pi e i""".split()) + r")\b"
+_NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus times over below negative never was
+    half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? tens dozens? hundreds?
+    thousands? [a-z]+illions? squared cubed factorial choose root base mod sin cos tan log pi e i""".split()) + r")\b"
     "|[百万亿十半]|千(?![克米瓦])")
 
 

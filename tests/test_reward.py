@@ -19,7 +19,8 @@ import pytest
 
 import reward
 from helpers import make_chat_model
-from reward import accuracy_reward, accuracy_rewards, clean, extract_answer, final_answer, is_equivalent, parse, step_rewards
+from reward import (accuracy_reward, accuracy_rewards, clean, extract_answer, final_answer, is_equivalent, parse,
+                    step_rewards)
 
 
 def boxed(text):
@@ -114,7 +115,7 @@ EQUAL = {
                  ("\uff11\uff18", "18"), ("\u221218", "-18"), (r"\mathbf{18}", "18"), (r"2\;\cdot\;9", "18"),
                  (r"\displaystyle\frac12", "0.5"), (r"\{1,\,2\}", r"\{1,2\}")],
     "words": [("Yes", "yes"), (r"\text{C}", "c"), ("(C)", "C"), (r"\textbf{(C)}", r"\text{C}"), (r"\mathrm{North}", "north"),
-              ("yes.", "Yes"), (r"\text{even}", "Even"), ("A, B", "B and A"), (r"\cot(x)", r"\cot x"), ("12:30", "12:30"),
+              ("yes.", "Yes"), (r"\text{even}", "Even"), ("A, B", "B and A"), (r"\cot(x)", r"\cot x"), (r"2\ln(3)", r"2\ln 3"), ("12:30", "12:30"),
               (r"\cos(\theta)", r"\cos\theta")],
     "unicode": [("2\u00d79", "18"), ("2\u00b79", "18"), ("36\u00f72", "18"), ("x\u00b2+x\u00b3", "x^3+x^2"), ("\u20133", "-3"),
                 ("(1,2)\u222a(3,4)", r"(3,4)\cup(1,2)"), ("x\u2208[1,2]", "[1,2]"), ("1\u00b12", "3,-1"), ("1 \u2264 x", r"[1,\infty)"),
@@ -150,7 +151,7 @@ DIFFERENT = {
                           (r"x_{12}", r"x_{1}2"), (r"\infty", r"-\infty"), ("2^3", "9"), ("18!", "18")],
     "names and equations": [("x=5", "y=5"), ("2x+3", "y=2x+4"), ("x=2y+3", "y=2x+3"), ("2x+3y=6", "2x+3y=7"), ("x^3+x=0", "x=0"), ("x=1", "1,2")],
     "words and bases": [("Yes", "No"), ("(A)", "(B)"), ("A or B", "A"), ("ACB", "ABC"), (r"\text{none}", "0"), ("52_8", "52_9"),
-                        ("52_8", "52"), ("42", "52_8"), (r"\tan x", r"\cot x")],
+                        ("52_8", "52"), ("42", "52_8"), (r"\tan x", r"\cot x"), (r"\ln(2)x", r"\ln 2x")],
     "hostile": [("__import__('os')", "18"), ("9**9**9**9", "18"), ("9^{9^9}", "9^{9^8}"), ("9^{9^9}", "0"), ("(1/3)^{5000}", "0"),
                 ("2^{100000}", "2^{100001}"), ("18" + "0" * 500, "18"), (r"\boxed{18}", "18"), (r"e^{-1000}", "0"),
                 ("1000!", "1001!"), ("1e999", "1e998"), ("\u0663\u0663", "18")],
@@ -353,6 +354,12 @@ def test_comparing_takes_little_time(text):
         is_equivalent(text, other)
 
     assert cpu_seconds(compare) < 0.06
+
+
+@pytest.mark.parametrize("text", ["1" * 1_000_000, "1 " * 500_000, "1," * 500_000, "a" * 1_000_000, "1 " + "a" * 1_000_000,
+                                  "\\text{" * 150_000, " " * 1_000_000 + "1", "$" * 1_000_000])
+def test_text_without_end_is_not_even_cleaned(text):
+    assert clean(text) == "" and cpu_seconds(is_equivalent, text, "1") < 0.06 and not is_equivalent(text, text)
 
 
 def test_a_list_that_is_too_long_is_not_compared():
