@@ -104,7 +104,6 @@ def parse_config(argv):
         else:
             group.add_argument(flag, type=field.type, choices=meta["choices"], metavar="X", help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-
     model, problems = given.get("model"), given.get("problems")
     if not model and problems not in (None, "arithmetic"):
         raise InputError(f"the built-in model knows only arithmetic: --problems {problems} needs a --model")
@@ -267,7 +266,8 @@ def score_texts(reward, problems, texts):
     except Exception as error:   # a user's function may fail in any way
         for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # of which completion?
             score_texts(reward, [problem], [text])
-        raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
+        one = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of any one completion"
+        raise InputError(f"--reward: {error!r}; {one}")
 
 
 def sample_and_score(sampler, tokenizer, problems, config, generator):

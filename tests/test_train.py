@@ -287,6 +287,9 @@ def fussy(prompts, completions, answer):
 def short(prompts, completions, answer):
     return [1.0]
 
+def crowded(prompts, completions, answer):
+    return [1.0, 2.0][:len(completions)]
+
 def endless(prompts, completions, answer):
     return [float("inf") if WANTED in text else 0.0 for text in completions]
 """
@@ -305,16 +308,23 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         assert row["reward"] == pytest.approx(expected.mean().item())
 
 
-@pytest.mark.parametrize("name, reason", [("fussy", "ZeroDivisionError"), ("short", "not one finite number"), ("endless", "inf")])
+@pytest.mark.parametrize("name, reason", [("fussy", "ZeroDivisionError"), ("endless", "inf")])
 def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason, tmp_path):
     (tmp_path / "own.py").write_text(OWN_REWARD)
     with pytest.raises(InputError, match=reason) as error:
         train.main([*SHORT, "--steps", "9", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:{name}"])
     assert "\n" not in str(error.value) and "question '" in str(error.value)
     completion = str(error.value).partition(", completion ")[2]
-    assert "5" in completion or name == "short"   # the one that caused it, not just the first of the batch
+    assert "5" in completion   # the one that caused it, not just the first of the batch
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]
+
+
+@pytest.mark.parametrize("name", ["short", "crowded"])
+def test_a_reward_that_fails_for_no_single_completion_says_so(name, tmp_path):
+    (tmp_path / "own.py").write_text(OWN_REWARD)
+    with pytest.raises(InputError, match="not one finite number for each completion.*; not of any one completion"):
+        train.score_texts(train.load_reward(f"{tmp_path / 'own.py'}:{name}"), [Problem("q", "1")] * 3, ["a", "b", "c"])
 
 
 def test_rewards_are_asked_for_with_the_gold_of_each_row():
