@@ -152,8 +152,7 @@ def _split_name(text):
     """
     name = re.match(r"(\\?[A-Za-z]+(?:_\w+|\(\w\))?|\([a-z](?:, ?[a-z])+\))[ ~]*=", text)
     if name:
-        rest = re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)
-        return ("", text) if "," in rest and "=" in rest else (name[1], rest)   # not of x = 1, y = 2
+        return name[1], re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)
     parts = re.split(r"[ ~]?([<>]=?)[ ~]?", text)
     if ">" in text:   # 3 >= x is x <= 3
         parts = [part.replace(">", "<") for part in reversed(parts)]
