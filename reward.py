@@ -122,11 +122,11 @@ def clean(text):
 
 _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gram", mg="milligram", kg="kilogram",
               ml="milliliter", ft="foot", feet="foot", lb="pound", oz="ounce", s="second", min="minute", h="hour",
-              hr="hour", mph="milehour", per="") | {"in": "inch"}
+              hr="hour", mph="milehour", per="", sq="square") | {"in": "inch"}
 _UNIT = re.compile(rf"""(?<=[\d}})\]%!i])                     # behind a number, a bracket or \pi
     (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{{...}}
-    | [ ~] [A-Za-z]{{3,}} (?: [ /][A-Za-z]+ )*                   # a word behind a space: miles per hour
-    | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? (?: /[a-z]+ )?   # km/h
+    | (?: [ ~] [A-Za-z]{{3,}} | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? )
+      (?: [ /][A-Za-z]+ )*                                        # miles per hour; 5km/h
     | [ ~]? [一-鿿]+ ) ~? (?: \^ \{{? [23] \}}? )? $""", re.X)     # Chinese characters; cm^2
 _NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus times over below negative never was
     half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? tens dozens? hundreds?

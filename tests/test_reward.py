@@ -108,7 +108,7 @@ EQUAL = {
     "units in Chinese": [("18\u5143", "18"), (r"\text{18\u5143}".replace(r"\u5143", "\u5143"), "18"), ("18 \u4e2a\u3002", "18"),
                          ("18\\text{\u5343\u514b}", "18"), ("\u00a518", "18"), ("\uff11\uff18\u5398\u7c73", "18\u5398\u7c73")],
     "units that are short for each other": [("864 in^2", r"864 \mbox{ inches}^2"), (r"15\text{ sq. cm}", r"15\mbox{ cm}^2"),
-                                            ("18 hours", "18 hrs"), ("60 km/h", "60"), (r"18\text{ inch}", "18 inches")],
+                                            ("18 hours", "18 hrs"), ("60 km/h", "60"), ("60 km per hour", "60"), ("60 mph", "60 miles per hour"), ("10 sq cm", r"10\text{ cm}^2"), (r"18\text{ inch}", "18 inches")],
     "degrees": [(r"90^\circ", "90"), ("90", r"90^{\circ}"), ("90\u00b0", r"90^\circ"), ("90 degrees", "90"), (r"90\degree", "90"),
                 (r"\frac{270}7\text{ degrees}", r"\frac{270}{7}^\circ"), (r"98.6^\circ\text{F}", "98.6")],
     "spelling": [(r"\left(3\right)", "(3)"), (r"\!7", "7"), (r"\(18\)", "18"), (r"\[ 18 \]", "18"), ("$18$", "18"),
