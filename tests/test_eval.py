@@ -82,9 +82,10 @@ def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
 
 
 def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
-    path, answers = tmp_path / "golds.jsonl", ["1", None, "", ".", "#### ", "1" * 301, "1" * 401, r"\int_0^1 f", 0]
+    path, answers = tmp_path / "golds.jsonl", ["1", None, "", ".", "work\n#### ", "1" * 301, "1" * 401, r"\int_0^1 f", 0]
     path.write_text("".join(json.dumps({"question": f"q{i}", "answer": answer}) + "\n" for i, answer in enumerate(answers)))
     problems = read_problems(path)
+    assert all(problem.solution == "" for problem in problems)   # work without an answer is nothing to learn from
     assert [problem.answer for problem in problems][:5] == ["1", "", "", ".", ""] and len(problems) == len(answers)
     paid = [accuracy_reward(f"\\boxed{{{problem.answer}}}", problem.answer) for problem in problems]
     assert paid == [1, 0, 0, 0, 0, 0, 0, 1, 1]

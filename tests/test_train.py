@@ -272,13 +272,16 @@ def test_same_seed_same_numbers(short_run, tmp_path, monkeypatch):
     assert without_clock(rows_of(tmp_path / "other")) != without_clock(rows_of(short_run))
 
 
-OWN_REWARD = """
+OWN_REWARD = r"""
 import math
+import re
 
 WANTED = "5"
 
 def fives(prompts, completions, answer, **kwargs):
     assert len(prompts) == len(completions) == len(answer) and kwargs == {}
+    assert len(set(prompts)) > 1 and prompts == [prompt for prompt in prompts[::4] for _ in range(4)]   # question-major
+    assert [str(sum(map(int, re.findall(r"[+-]?[0-9]+", prompt)))) for prompt in prompts] == answer
     return [math.sqrt(text.count(WANTED)) for text in completions]
 
 def fussy(prompts, completions, answer):
@@ -309,13 +312,14 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name, reason", [("fussy", "ZeroDivisionError"), ("endless", "inf")])
-def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason, tmp_path):
+def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason, tmp_path, capsys):
     (tmp_path / "own.py").write_text(OWN_REWARD)
     with pytest.raises(InputError, match=reason) as error:
         train.main([*SHORT, "--steps", "9", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:{name}"])
     assert "\n" not in str(error.value) and "question '" in str(error.value)
     completion = str(error.value).partition(", completion ")[2]
     assert "5" in completion   # the one that caused it, not just the first of the batch
+    assert "run gets the model as it is now" in capsys.readouterr().err
     AutoModelForCausalLM.from_pretrained(tmp_path / "run")
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["before"]
 
