@@ -180,6 +180,7 @@ def _items(value, kind):
 
 def _close(a, b):
     """Whether two values at one point are the same: exactly as Fractions, else (roots, letters) to 1e-10."""
+    # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
     if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
         return a == b
     return cmath.isfinite(a) and cmath.isclose(a, b, rel_tol=1e-10)
