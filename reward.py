@@ -120,6 +120,7 @@ def clean(text):
     return text if len(text) <= MAX_LENGTH else ""
 
 
+# Units: their short names, where they stand, and the words that are none, since they change the number in front.
 _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gram", mg="milligram", kg="kilogram",
               ml="milliliter", ft="foot", feet="foot", lb="pound", oz="ounce", s="second", min="minute", h="hour",
               hr="hour", mph="milehour", per="", sq="square") | {"in": "inch"}
