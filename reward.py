@@ -78,9 +78,9 @@ _CHARACTERS = str.maketrans({
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "∈": "=",
     "∪": r"\cup ", "±": r"\pm ", "²": "^2", "³": "^3", "。": ".", **dict.fromkeys("$＄£€¥￥~", " ")})
 _MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x = S
-    "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf , ; :", "\\frac": "dfrac tfrac cfrac",
-    "*": "times cdot", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant", ">=": "ge geq geqslant",
-    "°": "circ degree", "%": "%"}.items() for name in names.split()}}
+    "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf boldsymbol , ; :", "*": "times cdot",
+    "\\frac": "dfrac tfrac cfrac", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant",
+    ">=": "ge geq geqslant", "°": "circ degree", "%": "%"}.items() for name in names.split()}}
 _REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order, each with an example
     (r"^\\[(\[](.*)\\[)\]]$", r"\1"),                                                      # \(18\)
     # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
@@ -91,11 +91,11 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order,
     (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", "~"),                                    # 90^\circ
     (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
     (r"[ ~]?\b(?:percent|per cent|pct)\b", "%"),
-    (r"(\\(?!pi)[a-z]{2,3}) ?\((\\?[a-z]+|\d)\)(?! ?[\w\\({])", r"\1 \2"),                 # \cot(x)
+    (r"(\\(?!pi|end)[a-z]{2,3}) ?[({](\\?[a-z]+|\d)[)}](?! ?[\w\\({])", r"\1 \2"),         # \cot(x)
     (r"_ ?\{[ ~]?(\w+)[ ~]?\}", r"_\1 "),                                                 # x_{1}
     (r"(?:\\\\ ?)?\\(begin|end)\{(?:[pbB]?matrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
     (r",?[ ~](?:and|or)[ ~]", ", "),                                                      # 1 and 2
-    (r"^[ ~]+|[ ~]*\.?[ ~]*$", ""),                                                       # 18 .
+    (r"^[ ~]+|[ ~]*\.?[ ~\\]*$", ""),                                                     # 18\$
     (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d /])", lambda match: match[0].replace(" ", "")),  # 10 000
     (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),                                                # \frac12
     (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),                                             # \frac{1}2
@@ -315,8 +315,6 @@ def is_equivalent(answer, gold):
     answer, gold = clean(answer), clean(gold)
     if not answer or not gold:
         return False
-    if _TOKEN.findall(answer) == _TOKEN.findall(gold):   # the same but for spaces
-        return True
     words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
     if words[0] == words[1] and words[0].isalpha():
         return True
@@ -330,7 +328,8 @@ def is_equivalent(answer, gold):
         pairs.append((value, gold_value))
         if "%" not in gold:   # read as a unit
             pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
-    return any(parse(a) and parse(b) and _same(parse(a), parse(b)) for a, b in pairs)
+    return any(_TOKEN.findall(a) == _TOKEN.findall(b) or parse(a) and parse(b) and _same(parse(a), parse(b))
+               for a, b in pairs)   # the same text, but for spaces, or the same value
 
 
 # --- 5. Rewards ---------------------------------------------------------------------------------------
@@ -377,7 +376,8 @@ def step_rewards(completion):
     rewards = []
     for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
         text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
-        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(])", "*", text)
+        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)
+        text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)   # 3 cups + 2 cups = 5 cups
         # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % makes words of them.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
