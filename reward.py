@@ -126,8 +126,8 @@ _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gr
               hr="hour", mph="milehour", per="", sq="square") | {"in": "inch"}
 _UNIT = re.compile(rf"""(?<=[\d}})\]%!i])                     # behind a number, a bracket or \pi
     (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{{...}}
-    | (?: [ ~] [A-Za-z]{{3,}} | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? )
-      (?: [ /][A-Za-z]+ )*                                        # miles per hour; 5km/h
+    | (?: [ ~/] [A-Za-z]{{3,}} | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? )
+      (?: [ /][A-Za-z]+ )*                                        # 5 miles per hour, 5/day, 5km/h
     | [ ~]? [一-鿿]+ ) ~? (?: \^ \{{? [23] \}}? )? $""", re.X)     # Chinese characters; cm^2
 _NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus times over below negative never was
     half halves thirds? quarters? (?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths? tens dozens? hundreds?
