@@ -75,8 +75,8 @@ def extract_answer(completion):
 
 _CHARACTERS = str.maketrans({
     **{0xFEE0 + code: code for code in range(0x21, 0x7F)},   # fullwidth forms
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "π": r"\pi ", "∞": r"\infty ", "≤": "<=", "≥": ">=", "∈": "=",
-    "∪": r"\cup ", "±": r"\pm ", "²": "^2", "³": "^3", "。": ".", **dict.fromkeys("$＄£€¥￥~", " ")})
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "∈": "=", "²": "^2", "³": "^3", "。": ".",
+    "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "±": r"\pm ", **dict.fromkeys("$＄£€¥￥~", " ")})
 _MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x = S
     "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf boldsymbol , ; :", "*": "times cdot",
     "\\frac": "dfrac tfrac cfrac", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant",
@@ -180,7 +180,7 @@ def _items(value, kind):
 
 
 def _close(a, b):
-    """Whether two values at one point are the same: exactly as Fractions, else (roots, letters) to 1e-10."""
+    """Whether two values at one point are the same: Fractions exactly, others to 1e-10 of their size."""
     # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
     if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
         return a == b
@@ -214,7 +214,8 @@ def _expression(tokens, point, loosest, depth):
     """Takes an expression off the end of `tokens`, which stand from right to left, and returns its value.
 
     Recursive descent with precedence climbing: reads on as long as operators bind more tightly than `loosest`.
-    What is read is computed at once, with Fractions as long as possible. Raises what `parse` catches.
+    What is read is computed at once, with Fractions as long as possible; `point` (0, 1 or 2) says which numbers
+    the letters stand for. Raises what `parse` catches.
     """
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
@@ -376,7 +377,7 @@ def step_rewards(completion):
     rewards = []
     for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
         text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
-        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)
+        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)                                   # 3 x 4
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)   # 3 cups + 2 cups = 5 cups
         # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % makes words of them.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)

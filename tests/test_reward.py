@@ -73,7 +73,7 @@ EQUAL = {
                   (r"\frac {1} {2}", "0.5"), (r"\frac{\frac{1}{2}}{3}", "1/6"), ("36/2/1", "18")],
     "mixed numbers": [(r"1\frac{4}{5}", "9/5"), (r"1\frac45", "1.8"), (r"137 \frac{1}{2}", "137.5"), ("1 1/2", "1.5"),
                       (r"-1\frac12", "-1.5"), (r"5-1\frac12", "3.5")],
-    "percent": [("50%", "0.5"), (r"50\%", "50%"), ("50%", "1/2"), ("50%", "50"), ("0.5", "50%"), ("50 percent", "50%"),
+    "percent": [("50%", "0.5"), (r"50\%", "50%"), ("50%", "1/2"), ("50%", "50"), ("0.5", "50%"), ("50 percent", "50%"), ("18 percent", "18"),
                 (r"50\text{ percent}", "0.5"), ("12.5 %", r"12.5\%"), ("x = 50%", "50")],
     "scientific": [("1e9", "1000000000"), (r"1.5 \times 10^3", "1500"), ("6e-5", r"6 \cdot 10^{-5}"), ("2E3", "2000")],
     "powers, products, sums": [("9+9", "18"), (r"2 \cdot 3^2", "18"), ("2(3+4)", "14"), ("2^{10}", "1024"), ("2^10", "1024"),
@@ -183,6 +183,11 @@ def test_numbers_are_exact():
     assert parse("0.1+0.2") == parse("0.3") == [Fraction(3, 10)] * 3
     assert parse("9007199254740993") != parse("9007199254740992")   # equal as floats
     assert parse("1" * 101) is None and parse("1e9999") is None and parse("1/0") is None
+
+
+def test_cleaning_is_idempotent():
+    for text in (r"$\$1,234.50$.", r"\dfrac{1}{2}", r"\text{ two }", "x = 5", "18 apples"):
+        assert clean(clean(text)) == clean(text)
 
 
 def test_every_rule_has_an_example_that_holds():

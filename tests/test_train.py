@@ -276,6 +276,9 @@ OWN_REWARD = r"""
 import math
 import re
 
+with open(__file__ + ".runs", "a") as runs:
+    runs.write("x")
+
 WANTED = "5"
 
 def fives(prompts, completions, answer, **kwargs):
@@ -305,6 +308,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "update", lambda policy, optimizer, batch, *rest: batches.append(batch) or update(
         policy, optimizer, batch, *rest))
     train.main([*SHORT, "--steps", "2", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:fives"])
+    assert (tmp_path / "own.py.runs").read_text() == "x"   # the file is run once, not at every step
     for batch, row in zip(batches, rows_of(tmp_path / "run")[1:], strict=True):
         expected = torch.tensor([text.count("5") ** 0.5 for text in batch.texts])
         assert torch.equal(batch.rewards.flatten(), expected) and expected.max() > 0
