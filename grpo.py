@@ -35,11 +35,13 @@ from typing import NamedTuple
 
 import torch
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import DynamicLayer
 
 STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 against 0.3)
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
 HEAD_CHUNK = 1024      # tokens that go through the vocabulary head at a time
+CACHE_ROOM = 64        # tokens by which the KV cache grows when it is full
 
 
 # --- 1. Grouped sampling ----------------------------------------------------------------------------
@@ -80,12 +82,47 @@ def sample_token(logits, temperature, generator=None):
     # TRAP: a softmax in bf16 puts a log-prob off by up to 0.08, against a clip range of 0.2. So float32
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp = torch.log_softmax(logits / (temperature or 1.0), dim=-1)   # (n, V)
+    probs = torch.softmax(logits / (temperature or 1.0), dim=-1)      # (n, V)
     if temperature == 0:
-        token = logp.argmax(dim=-1)
+        token = probs.argmax(dim=-1, keepdim=True)
     else:
-        token = torch.multinomial(logp.exp(), 1, generator=generator).squeeze(1)
-    return token, logp.gather(1, token[:, None]).squeeze(1)
+        # The first token at which the sum of the probabilities so far reaches u, which is in (0, 1]. One random
+        # number a row: torch.multinomial draws one for each of the V tokens, and takes 20 times as long.
+        total = probs.cumsum(dim=-1)
+        u = 1 - torch.rand(len(probs), 1, generator=generator, dtype=probs.dtype, device=probs.device)
+        token = torch.searchsorted(total, u * total[:, -1:])
+    return token.squeeze(1), probs.gather(1, token).squeeze(1).log()
+
+
+class RoomyLayer(DynamicLayer):
+    """The keys and values of one layer for N rows, (N, heads, length, head_dim), with room to grow.
+
+    The library's layer copies all it holds to append one token. This one writes the token into its place;
+    rows that leave make way for others, so that only those few are copied.
+    """
+
+    def __init__(self, layer, group_size):
+        """Take over a layer with the keys and values of the prompts, each of them `group_size` times."""
+        super().__init__()
+        self.is_initialized = True
+        self.keys, self.values = self.room = [x.repeat_interleave(group_size, dim=0) for x in (layer.keys, layer.values)]
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        start = self.get_seq_length()
+        end = start + key_states.shape[-2]
+        if end > self.room[0].shape[-2]:
+            self.room = [torch.nn.functional.pad(x, (0, 0, 0, CACHE_ROOM)) for x in self.room]
+        for room, new in zip(self.room, (key_states, value_states)):
+            room[:, :, start:end] = new
+        self.keys, self.values = (room[:, :, :end] for room in self.room)
+        return self.keys, self.values
+
+    def batch_select_indices(self, indices):
+        moved = (indices != torch.arange(len(indices))).nonzero().squeeze(1)
+        for x in (self.keys, self.values):
+            x[moved] = x[indices[moved]]
+        self.room = [room[:len(indices)] for room in self.room]
+        self.keys, self.values = self.keys[:len(indices)], self.values[:len(indices)]
 
 
 @torch.no_grad()
@@ -107,7 +144,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
         raise ValueError(f"group_size ({group_size}) and max_new_tokens ({max_new_tokens}) must be "
                          f"at least 1, temperature ({temperature}) at least 0")
-    N, device, prompt_mask = len(prompt_ids) * group_size, prompt_ids.device, prompt_mask.long()
+    P, N, device, prompt_mask = prompt_ids.shape[1], len(prompt_ids) * group_size, prompt_ids.device, prompt_mask.long()
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=device)
     was_training = model.training
     model.eval()   # in train() mode activation checkpointing would turn the KV cache off
@@ -117,9 +154,14 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
                 use_cache=True, logits_to_keep=1)
     # Then G rows for each prompt. repeat_interleave is [q0, q0, q1, q1]: question-major.
     cache = out.past_key_values
-    cache.batch_repeat_interleave(group_size)
+    for i, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer:
+            cache.layers[i] = RoomyLayer(layer, group_size)
+        else:
+            layer.batch_repeat_interleave(group_size)   # a sliding window, say
     logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)             # (N, V)
-    attention_mask = prompt_mask.repeat_interleave(group_size, dim=0)           # (N, P), grows with the rows
+    # (N, P + max_new_tokens); the pass behind token t sees the first P + t + 1 columns
+    attention_mask = torch.nn.functional.pad(prompt_mask.repeat_interleave(group_size, dim=0), (0, max_new_tokens), value=1)
     position = prompt_mask.sum(dim=1).repeat_interleave(group_size)             # (N,) of the next token
 
     completion_ids = torch.full((N, max_new_tokens), pad_id, dtype=torch.long, device=device)
@@ -130,19 +172,21 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
         token, token_logp = sample_token(logits, temperature, generator)        # (n,), n = len(rows)
         completion_ids[rows, t], logp[rows, t] = token, token_logp
 
-        running = (~torch.isin(token, eos)).nonzero().squeeze(1)
-        if len(running) < len(rows):        # some rows have ended: the others go on without them
-            rows, token, position = rows[running], token[running], position[running]
-            attention_mask = attention_mask[running]
-            if len(rows) == 0:
+        ended = torch.isin(token, eos).nonzero().squeeze(1).tolist()   # the one wait for the GPU in this loop
+        if ended:   # the rows at the end that still run move into the places of those that have ended
+            n = len(rows) - len(ended)
+            keep = torch.arange(n)
+            keep[[row for row in ended if row < n]] = torch.tensor(
+                [row for row in range(n, len(rows)) if row not in ended], dtype=torch.long)
+            rows, token, position, attention_mask = (x[keep] for x in (rows, token, position, attention_mask))
+            if n == 0:
                 break
-            cache.batch_select_indices(running)
+            cache.batch_select_indices(keep)
         if t + 1 == max_new_tokens:
             break
 
-        attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(rows), 1)], dim=1)
-        out = model(input_ids=token[:, None], attention_mask=attention_mask, position_ids=position[:, None],
-                    past_key_values=cache, use_cache=True, logits_to_keep=1)
+        out = model(input_ids=token[:, None], attention_mask=attention_mask[:, :P + t + 1],
+                    position_ids=position[:, None], past_key_values=cache, use_cache=True, logits_to_keep=1)
         logits = out.logits[:, -1]
         position = position + 1
 

@@ -1,0 +1,217 @@
+"""Steps of equal work, this project against TRL's GRPOTrainer: seconds, tokens per second, peak memory. By hand:
+
+    pip install trl==1.16.0 && python tests/bench.py     the three cases below; without trl only this project
+    python tests/bench.py --growth                       how a step's time grows with G and with the length
+    python tests/bench.py --device cuda                  on a GPU, with the shape of Qwen2.5-0.5B
+
+Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate and
+beta = 0.04, one optimizer step for each sampling, all rows in one micro-batch. Each is a process of its own;
+they take turns step by step, so that both see the same noise of the machine, and only one works at a time.
+TRL samples with transformers' generate, without vLLM, and without activation checkpointing.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import multiprocessing
+import random
+import statistics
+import string
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+BODY = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+QWEN_05B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+                num_key_value_heads=2, max_position_embeddings=4096)
+LARGE = 151_936   # the vocabulary of Qwen2.5
+CPU_CASES = {     # eos: how likely each token is the last one
+    "fixed length": dict(B=8, G=8, T=64, vocab_size=2000, eos=0.0),
+    "varying length": dict(B=8, G=8, T=192, vocab_size=2000, eos=1 / 40),
+    "large vocabulary": dict(B=4, G=8, T=64, vocab_size=LARGE, eos=0.0),
+}
+
+
+def parity(completions, **kwargs):
+    """A reward that costs nothing and differs within a group: 1.0 for texts of even length."""
+    return [1.0 - len(str(text)) % 2 for text in completions]
+
+
+def make_inputs(folder, case, body):
+    """Write a random model whose tokens are EOS with the wanted probability, and problems for it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from helpers import make_chat_model
+    make_chat_model(folder, vocab_size=case["vocab_size"], **body)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    # Feature 0 of every embedding is 0.2, so behind the last norm it is about the same number everywhere: with it
+    # the row of a token in the (tied) head can set the token's logit.
+    rows, p = model.get_input_embeddings().weight.data, max(case["eos"], 1e-9)
+    rows[:, 0] = 0.2
+    with torch.no_grad():
+        constant = model.base_model(input_ids=torch.arange(50, 250)[None]).last_hidden_state[0, :, 0].mean()
+    wanted = torch.tensor(case["vocab_size"] * p / (1 - p)).log()
+    rows[tokenizer.eos_token_id, 0] += wanted / constant
+    rows[tokenizer.convert_tokens_to_ids("<|im_end|>"), 0] += torch.tensor(case["vocab_size"] * 1e-9).log() / constant
+    model.save_pretrained(folder)
+    rng = random.Random(0)   # prompts of 20 to 40 letters, a token each, and 8 tokens of the chat template
+    lines = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(12, 32))) for _ in range(case["B"] * 20)]
+    (folder / "problems.jsonl").write_text(
+        "".join(json.dumps({"question": line, "answer": "1"}) + "\n" for line in lines))
+
+
+def run_ours(pipe, folder, case, device, steps):
+    """Train with train.py; before each step wait for a word, after it send its figures."""
+    import train
+
+    def report(metrics):
+        pipe.send(dict(sample=metrics["t_sample"], ref=metrics["t_ref"], update=metrics["t_update"],
+                       generate=metrics["t_sample"], tokens=round(metrics["length"] * case["B"] * case["G"]),
+                       memory=metrics["mem_gb"]))
+        pipe.recv()
+
+    train.print_metrics = report
+    train.main(["--model", str(folder), "--problems", str(folder / "problems.jsonl"), "--request", "",
+                "--reward", f"{__file__}:parity", "--out", str(folder / "ours"), "--device", device,
+                "--questions", str(case["B"]), "--group-size", str(case["G"]), "--max-new-tokens", str(case["T"]),
+                "--steps", str(steps), "--micro-tokens", str(10 ** 6), "--eval-limit", "1", "--eval-samples", "1",
+                "--eval-every", "0", "--show-every", "0"])
+
+
+def run_trl(pipe, folder, case, device, steps):
+    """The same with TRL."""
+    import datasets
+    import transformers
+    from trl import GRPOConfig, GRPOTrainer
+    from train import clock, peak_memory
+    cpu, N, t = device == "cpu", case["B"] * case["G"], {}
+
+    def timed(name, function):
+        def call(*args, **kwargs):
+            start = clock(trainer.model.device)
+            result = function(*args, **kwargs)
+            t[name] = t.get(name, 0.0) + clock(trainer.model.device) - start
+            return result
+        return call
+
+    class Turns(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            t.clear()
+            t["start"] = clock(trainer.model.device)
+
+        def on_step_end(self, *args, **kwargs):
+            whole = clock(trainer.model.device) - t["start"]
+            pipe.send(dict(sample=t["scored"] - t["ref"], ref=t["ref"], update=whole - t["scored"],
+                           generate=t["generate"], tokens=t["tokens"], memory=peak_memory(trainer.model.device)))
+            pipe.recv()
+
+    rows = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
+    prompts = [{"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
+    trainer = GRPOTrainer(
+        model=str(folder), reward_funcs=parity, train_dataset=datasets.Dataset.from_list(prompts), callbacks=[Turns()],
+        args=GRPOConfig(
+            output_dir=str(folder / "trl"), use_cpu=cpu, bf16=not cpu, report_to="none", save_strategy="no",
+            disable_tqdm=True, logging_steps=10 ** 6, max_steps=steps, learning_rate=1e-6, beta=0.04, loss_type="grpo",
+            per_device_train_batch_size=N, num_generations=case["G"], max_completion_length=case["T"],
+            gradient_checkpointing=False))
+    trainer.model.generate = timed("generate", trainer.model.generate)
+    score = trainer._get_per_token_logps_and_entropies
+    score_reference = timed("ref", score)
+    trainer._get_per_token_logps_and_entropies = lambda model, *args, **kwargs: (
+        score_reference if model is trainer.ref_model else score)(model, *args, **kwargs)
+    sample = timed("scored", trainer._generate_and_score_completions)
+
+    def sample_and_count(inputs):
+        output = sample(inputs)
+        t["tokens"] = output["completion_mask"].sum().item()
+        return output
+
+    trainer._generate_and_score_completions = sample_and_count
+    trainer.train()
+
+
+def measure(case, body, device, steps, runs):
+    """{name: a dict of figures for each step} of the given run functions, which take turns."""
+    found = {run: [] for run in runs}
+    with tempfile.TemporaryDirectory() as folder:
+        make_inputs(Path(folder), case, body)
+        context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
+        for run in runs:
+            pipes[run], theirs = context.Pipe()
+            processes.append(context.Process(target=quietly, args=(run, theirs, Path(folder), case, device, steps + 1)))
+            processes[-1].start()
+            theirs.close()
+            pipes[run].recv()   # the first step warms up, and is not counted
+        for _ in range(steps):
+            for run in runs:
+                pipes[run].send("go")
+                found[run].append(pipes[run].recv())
+        for pipe in pipes.values():
+            pipe.send("end")
+        for process in processes:
+            process.join()
+    return {run.__name__.removeprefix("run_"): rows for run, rows in found.items()}
+
+
+def quietly(run, *args):
+    """Run without the usual output; an error still shows."""
+    sys.stdout = open("/dev/null", "w")
+    run(*args)
+
+
+def seconds(row):
+    return row["sample"] + row["ref"] + row["update"]
+
+
+def median(rows, key):
+    return statistics.median(key(row) if callable(key) else row[key] for row in rows)
+
+
+def show(name, who, rows):
+    """One line of the table: medians over the steps."""
+    print(f"{name:<18}{who:<6}" + "".join(f"{median(rows, key):>9.2f}" for key in ("sample", "ref", "update", seconds))
+          + f"{median(rows, lambda row: row['tokens'] / row['generate']):>10,.0f}"
+          + f"{median(rows, 'tokens'):>9,.0f}{rows[-1]['memory']:>9.2f}", flush=True)
+
+
+def show_ratio(ours, theirs):
+    """Ratios of each pair of steps: median (smallest - largest). Time is that of a step for the same tokens."""
+    pairs = list(zip(ours, theirs))
+    for label, ratios in (
+            ("time", [seconds(a) / a["tokens"] / (seconds(b) / b["tokens"]) for a, b in pairs]),
+            ("sampling, tokens/s", [a["tokens"] / a["generate"] / (b["tokens"] / b["generate"]) for a, b in pairs]),
+            ("memory", [ours[-1]["memory"] / theirs[-1]["memory"]])):
+        print(f"    ours / TRL, {label:<19}{statistics.median(ratios):.2f}   ({min(ratios):.2f} - {max(ratios):.2f})")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--steps", type=int, default=7, help="counted steps of each case (default: 7)")
+    parser.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
+    parser.add_argument("--only", default="", help="only the cases with this in their name")
+    args = parser.parse_args()
+    versions = {}
+    for package in ("torch", "transformers", "trl"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    print(", ".join(f"{package} {version}" for package, version in versions.items()), "on", args.device)
+    print(f"{'medians of a step':<24}{'sample':>9}{'ref':>9}{'update':>9}{'sum, s':>9}{'tokens/s':>10}"
+          f"{'tokens':>9}{'GB':>9}")
+    runs = [run_ours] + [run_trl] * (versions["trl"] != "not installed")
+    for name, case in CPU_CASES.items():
+        if args.only in name:
+            rows = measure(case, BODY, args.device, args.steps, runs)
+            for who in rows:
+                show(name, who, rows[who])
+            if "trl" in rows:
+                show_ratio(rows["ours"], rows["trl"])
+
+
+if __name__ == "__main__":
+    main()
