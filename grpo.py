@@ -40,7 +40,7 @@ from transformers.cache_utils import DynamicLayer
 STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 against 0.3)
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
-HEAD_CHUNK = 1024      # tokens that go through the vocabulary head at a time
+HEAD_LOGITS = 2 ** 26  # logits that are in memory at a time: 256 MB in float32
 CACHE_ROOM = 64        # tokens by which the KV cache grows when it is full
 
 
@@ -214,12 +214,13 @@ def completion_mask(completion_ids, eos_ids):
 
 # --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
 
-def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature):
+def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None):
     """Log-prob of every completion token, log pi(o_t | q, o_<t), and the entropy that it was drawn with.
 
-    prompt_ids, prompt_mask: (N, P), one row per completion; completion_ids, mask: (N, T); temperature: that
-    of the sampling. Returns (logp, entropy), both (N, T), in nats, at least float32, 0 where mask is
-    false; only logp carries a gradient. Raises ValueError for a temperature that is not above 0.
+    prompt_ids, prompt_mask: (B, P); completion_ids, mask: (N, T); question: (N,) the row of each completion's
+    prompt, None if there is one for each; temperature: that of the sampling. Returns (logp, entropy), both
+    (N, T), in nats, at least float32, 0 where mask is false; only logp carries a gradient.
+    Raises ValueError for a temperature that is not above 0.
 
     With a vocabulary of 150,000 the logits are by far the largest tensor around. So only the tokens that
     count reach the vocabulary head, HEAD_CHUNK at a time, and the logits of a chunk are thrown away and
@@ -229,34 +230,84 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
-    T = completion_ids.shape[1]
+    (N, T), P, plain = completion_ids.shape, prompt_ids.shape[1], head_is_plain(model)
+    body = model.base_model if plain else model
+    shared = question is not None and not (model.training and model.is_gradient_checkpointing)
+    question = torch.arange(N, device=prompt_ids.device) if question is None else question
     # The token at position s is predicted at s - 1, so the last token is no input: S = P + T - 1.
     # Padding behind a completion needs no masking out: causal attention never looks ahead.
-    attention_mask = torch.cat([prompt_mask.long(), torch.ones_like(completion_ids)], dim=1)[:, :-1]
-    inputs = dict(input_ids=torch.cat([prompt_ids, completion_ids], dim=1)[:, :-1],
-                  attention_mask=attention_mask, position_ids=position_ids(attention_mask), use_cache=False)
-    targets = completion_ids[mask]                                              # (M,) M tokens that count
-    if head_is_plain(model):
-        hidden = model.base_model(**inputs).last_hidden_state[:, -T:][mask]     # (M, D)
-        head = model.get_output_embeddings()
-        chunks = [checkpoint(_logp_and_entropy, head, h, y, temperature, use_reentrant=False)
-                  for h, y in zip(hidden.split(HEAD_CHUNK), targets.split(HEAD_CHUNK))]
-        values, entropies = (torch.cat(parts) for parts in zip(*chunks))        # (M,), (M,)
+    attention_mask = torch.cat([prompt_mask.long()[question], torch.ones_like(completion_ids)], dim=1)[:, :-1]
+    position = position_ids(attention_mask)
+    if shared:
+        out = body(input_ids=prompt_ids, attention_mask=prompt_mask.long(), position_ids=position_ids(prompt_mask), use_cache=True)
+        cache = out.past_key_values
+        cache.batch_select_indices(question)
+        hidden = out[0][:, -1:][question]
+        if T > 1:
+            hidden = torch.cat([hidden, body(
+                input_ids=completion_ids[:, :-1], attention_mask=attention_mask, position_ids=position[:, P:],
+                past_key_values=cache, use_cache=True)[0]], dim=1)
     else:
-        logits = model(**inputs, logits_to_keep=T).logits[:, -T:][mask]         # (M, V)
-        values, entropies = _logp_and_entropy(torch.nn.Identity(), logits, targets, temperature)
+        ids = torch.cat([prompt_ids[question], completion_ids], dim=1)[:, :-1]
+        hidden = body(input_ids=ids, attention_mask=attention_mask, position_ids=position, use_cache=False)[0][:, -T:]
+    hidden, targets = hidden[mask], completion_ids[mask]                        # (M, D) or (M, V); (M,)
+    if plain:
+        values, entropies = HeadLogprobs.apply(hidden, model.get_output_embeddings().weight, targets, temperature)
+    else:
+        logp = torch.log_softmax(hidden.to(torch.promote_types(hidden.dtype, torch.float32)) / temperature, dim=-1)
+        values, entropies = logp.gather(1, targets[:, None]).squeeze(1), -(logp.detach().exp() * logp.detach()).sum(dim=-1)
     zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return zeros.masked_scatter(mask, values), zeros.masked_scatter(mask, entropies)
 
 
-def _logp_and_entropy(head, hidden, targets, temperature):
-    logits = head(hidden)                                                       # (m, V)
-    # TRAP: the softmax must not stay in bf16, as in sample_token; float64 stays float64
-    # (test_a_bf16_model_gives_float32_logprobs).
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
-    entropy = -(logp.detach().exp() * logp.detach()).sum(dim=-1)                # (m,)
-    return logp.gather(1, targets[:, None]).squeeze(1), entropy
+class HeadLogprobs(torch.autograd.Function):
+    """log p(target) of M tokens and the entropies of p = softmax(hidden @ weight.T / temperature), (M, D) -> (M,).
+
+    The logits are made for a few tokens at a time and written over in place; the backward pass makes them
+    again, instead of keeping them, and turns them into its gradient: d log p(y) / d logits = onehot(y) - p.
+    """
+
+    @staticmethod
+    def logits(hidden, head, temperature):
+        """For the tokens of each chunk, with their places: (m, V), at least float32."""
+        size = max(1, HEAD_LOGITS // len(head))
+        for part in (slice(i, i + size) for i in range(0, len(hidden), size)):
+            # TRAP: the softmax must not stay in bf16, as in sample_token; float64 stays float64
+            # (test_a_bf16_model_gives_float32_logprobs).
+            logits = hidden[part] @ head.t()
+            yield part, logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, temperature):
+        kind = hidden.device.type
+        ctx.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        ctx.temperature, ctx.kinds = temperature, (hidden.dtype, weight.dtype)
+        hidden, head = hidden.to(ctx.dtype), weight.to(ctx.dtype)
+        logp, entropy, log_z = torch.zeros(3, len(hidden), device=hidden.device,
+                                           dtype=torch.promote_types(ctx.dtype, torch.float32))
+        for part, x in HeadLogprobs.logits(hidden, head, temperature):
+            top, x_target = x.amax(dim=-1), x.gather(1, targets[part, None]).squeeze(1)
+            p = x.sub_(top[:, None]).exp()   # not yet divided by its sum, z
+            z = p.sum(dim=-1)
+            log_z[part] = top + z.log()
+            logp[part] = x_target - log_z[part]
+            entropy[part] = z.log() - p.mul_(x).sum(dim=-1) / z   # - sum p log p
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.mark_non_differentiable(entropy)
+        return logp, entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        head, grad = weight.to(ctx.dtype), grad[:, None] / ctx.temperature                  # (M, 1)
+        grad_hidden, grad_weight = torch.zeros_like(hidden), torch.zeros_like(weight)
+        for part, x in HeadLogprobs.logits(hidden, head, ctx.temperature):
+            x.sub_(log_z[part, None]).exp_().mul_(-grad[part])                      # -p * grad
+            x.scatter_add_(1, targets[part, None], grad[part])                      # (onehot - p) * grad
+            x = x.to(ctx.dtype)
+            grad_hidden[part] = x @ head
+            grad_weight += x.t() @ hidden[part]
+        return grad_hidden.to(ctx.kinds[0]), grad_weight, None, None
 
 
 @torch.no_grad()

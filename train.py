@@ -181,7 +181,7 @@ def micro_batches(prompt_mask, mask, limit):
 
     Sorted by length, so that long rows are among themselves and few tokens are padding.
     """
-    p, t = prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
+    p, t = prompt_mask.sum(dim=1).repeat_interleave(len(mask) // len(prompt_mask)).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
     for row in sorted(range(len(t)), key=lambda row: p[row] + t[row]):
         rows = cuts[-1] + [row]
@@ -193,10 +193,12 @@ def micro_batches(prompt_mask, mask, limit):
 
 def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
     """logp, entropy and mask of n of the rows, (n, t): without padding columns that none of them needs."""
-    p, t = prompt_mask[rows].sum(dim=1).max(), mask[rows].sum(dim=1).max()
+    G, rows = len(mask) // len(prompt_mask), torch.tensor(rows, device=mask.device)
+    questions, question = torch.unique(rows // G, return_inverse=True)
+    p, t = prompt_mask[questions].sum(dim=1).max(), mask[rows].sum(dim=1).max()
     mask = mask[rows, :t]
-    return *token_logprobs(model, prompt_ids[rows, -p:], prompt_mask[rows, -p:], completion_ids[rows, :t],
-                           mask, temperature), mask
+    return *token_logprobs(model, prompt_ids[questions, -p:], prompt_mask[questions, -p:], completion_ids[rows, :t],
+                           mask, temperature, question if len(questions) < len(rows) else None), mask
 
 
 def learning_rate(step, steps, peak, warmup, end):
@@ -284,8 +286,7 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
     if config.shuffle_rewards:
         rewards = torch.stack([group[torch.randperm(G)] for group in rewards])
     advantages = outcome_advantages(rewards, config.scale_rewards).flatten()       # (N,)
-    return Batch(prompt_ids.repeat_interleave(G, dim=0), prompt_mask.repeat_interleave(G, dim=0),
-                 samples.completion_ids, samples.mask, samples.logp, samples.truncated,
+    return Batch(prompt_ids, prompt_mask, samples.completion_ids, samples.mask, samples.logp, samples.truncated,
                  rewards, advantages.to(sampler.device), texts)
 
 
