@@ -276,7 +276,8 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
     """G completions for each of B problems, their rewards and their advantages."""
     G = config.group_size
     with tqdm(total=config.max_new_tokens, desc="sampling", unit="token", delay=5, leave=False) as bar:
-        hook = sampler.register_forward_hook(lambda *_: bar.update())   # one forward pass is one token a row
+        # One forward pass is one token a row. The hook must return None: else that would replace the logits.
+        hook = sampler.register_forward_hook(lambda *_: [bar.update()].clear())
         prompt_ids, prompt_mask, samples, texts = sample_problems(
             sampler, tokenizer, problems, config.request, G, config.max_new_tokens,
             config.temperature, generator)

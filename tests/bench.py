@@ -5,7 +5,7 @@
     python tests/bench.py --device cuda                  on a GPU, with the shape of Qwen2.5-0.5B
 
 Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate and
-beta = 0.04, one optimizer step for each sampling, all rows in one micro-batch. Each is a process of its own;
+beta = 0.04, one optimizer step for each sampling, at most MICRO_TOKENS tokens in a micro-batch. Each is a process of its own;
 they take turns step by step, so that both see the same noise of the machine, and only one works at a time.
 TRL samples with transformers' generate, without vLLM, and without activation checkpointing.
 """
@@ -27,6 +27,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 BODY = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
 QWEN_05B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
                 num_key_value_heads=2, max_position_embeddings=4096)
+MICRO_TOKENS = 4096
 LARGE = 151_936   # the vocabulary of Qwen2.5
 CPU_CASES = {     # eos: how likely each token is the last one
     "fixed length": dict(B=8, G=8, T=64, vocab_size=2000, eos=0.0),
@@ -77,7 +78,7 @@ def run_ours(pipe, folder, case, device, steps):
     train.main(["--model", str(folder), "--problems", str(folder / "problems.jsonl"), "--request", "",
                 "--reward", f"{__file__}:parity", "--out", str(folder / "ours"), "--device", device,
                 "--questions", str(case["B"]), "--group-size", str(case["G"]), "--max-new-tokens", str(case["T"]),
-                "--steps", str(steps), "--micro-tokens", str(10 ** 6), "--eval-limit", "1", "--eval-samples", "1",
+                "--steps", str(steps), "--micro-tokens", str(MICRO_TOKENS), "--eval-limit", "1", "--eval-samples", "1",
                 "--eval-every", "0", "--show-every", "0"])
 
 
@@ -88,6 +89,7 @@ def run_trl(pipe, folder, case, device, steps):
     from trl import GRPOConfig, GRPOTrainer
     from train import clock, peak_memory
     cpu, N, t = device == "cpu", case["B"] * case["G"], {}
+    rows_at_once = max(n for n in range(1, N + 1) if N % n == 0 and n * (40 + case["T"]) <= MICRO_TOKENS)
 
     def timed(name, function):
         def call(*args, **kwargs):
@@ -99,7 +101,7 @@ def run_trl(pipe, folder, case, device, steps):
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            t.clear()
+            t.update(start=0.0, scored=0.0, ref=0.0, generate=0.0)
             t["start"] = clock(trainer.model.device)
 
         def on_step_end(self, *args, **kwargs):
@@ -115,7 +117,7 @@ def run_trl(pipe, folder, case, device, steps):
         args=GRPOConfig(
             output_dir=str(folder / "trl"), use_cpu=cpu, bf16=not cpu, report_to="none", save_strategy="no",
             disable_tqdm=True, logging_steps=10 ** 6, max_steps=steps, learning_rate=1e-6, beta=0.04, loss_type="grpo",
-            per_device_train_batch_size=N, num_generations=case["G"], max_completion_length=case["T"],
+            per_device_train_batch_size=rows_at_once, gradient_accumulation_steps=N // rows_at_once, num_generations=case["G"], max_completion_length=case["T"],
             gradient_checkpointing=False))
     trainer.model.generate = timed("generate", trainer.model.generate)
     score = trainer._get_per_token_logps_and_entropies
