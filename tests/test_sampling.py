@@ -187,7 +187,7 @@ def test_chunks_equal_the_whole(monkeypatch, prompts, chunk):
     model = tiny_model("llama").double()
     samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
     assert samples.logp.dtype == torch.float64
-    monkeypatch.setattr(grpo, "HEAD_CHUNK", chunk)
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
     chunked = gradients(model, prompts, samples)
     model._head_is_plain = False
     whole = gradients(model, prompts, samples)
@@ -201,7 +201,7 @@ def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, pro
     head_is_plain(llama)
     sizes = []
     llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    monkeypatch.setattr(grpo, "HEAD_CHUNK", 10)
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * 10)
     with torch.no_grad():
         rescore(llama, prompts, samples, 1.0, group_size=4)
     assert max(sizes) <= 10 and sum(sizes) == samples.mask.sum()
