@@ -8,8 +8,7 @@ once (the clip) and not too far from where we started (the KL term).
 A policy is a language model seen as a chooser of tokens: pi(o_t | q, o_<t) is the probability it gives to
 token o_t after question q and the tokens before. EOS is the token that ends a completion.
 
-This file knows no text, file or option: reward.py turns text into numbers, eval.py holds the problems,
-train.py is the loop (Algorithm 1). Read it from top to bottom; the last function is eq. 3.
+This file knows no text, file or option. Read it from top to bottom: the last function is eq. 3.
 
     paper        here                       shape    meaning
     q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
@@ -66,24 +65,23 @@ def bf16_weights(model):
     return model
 
 
-def forward(model, ids, mask, cache=None, use_cache=True, **options):
-    """What a model says of s new tokens a row, ids (n, s), that follow those in the cache.
+def forward(model, ids, attention_mask, cache=None, use_cache=True, **options):
+    """What a model says of s new tokens a row, ids (n, s), that follow those in the cache: its own output object.
 
-    mask: (n, tokens in the cache + s), false for padding on the left. Returns the model's own output.
+    attention_mask: (n, tokens in the cache + s), false for padding on the left.
 
     TRAP: the position of a token is counted without the padding on its left, or a short prompt in a batch
     starts at position 5 or 50, and its log-probs are wrong (test_left_padding_changes_nothing).
     """
-    position = (mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1]:]
-    return model(input_ids=ids, attention_mask=mask.long(), position_ids=position, past_key_values=cache,
+    attention_mask = attention_mask.long()
+    position = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return model(input_ids=ids, attention_mask=attention_mask, position_ids=position, past_key_values=cache,
                  use_cache=use_cache, **options)
 
 
 def sample_token(logits, temperature, generator=None):
-    """Draw one token a row from softmax(logits / temperature): (n, V) -> ids (n,) and log-probs (n,).
-
-    Temperature 0 takes the likeliest token, and reports its log-prob at temperature 1.
-    """
+    """Draw a token a row from p = softmax(logits / temperature): logits (n, V) -> ids (n,), log p (n,). At temperature
+    0 it is the likeliest token, with its log p at temperature 1."""
     # TRAP: a softmax in bf16 puts a log-prob off by up to 0.08, against a clip range of 0.2. So float32
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -151,9 +149,8 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
 
     out = forward(model, prompt_ids, prompt_mask, logits_to_keep=1)   # of each prompt only the last logits
     # G rows for each prompt. repeat_interleave is [q0, q0, q1, q1]: question-major.
-    logits = out.logits[:, -1].repeat_interleave(group_size, dim=0)                         # (N, V)
-    mask = pad(prompt_mask, (0, max_new_tokens), value=1).repeat_interleave(group_size, dim=0)
-    cache = out.past_key_values
+    logits, cache = out.logits[:, -1].repeat_interleave(group_size, dim=0), out.past_key_values       # (N, V)
+    attention_mask = pad(prompt_mask, (0, max_new_tokens), value=1).repeat_interleave(group_size, dim=0)
     cache.batch_repeat_interleave(group_size)
     cache.layers = [PreallocatedLayer(layer, max_new_tokens) if type(layer) is DynamicLayer else layer
                     for layer in cache.layers]   # others are sliding windows, say
@@ -172,11 +169,12 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
                 stay[i] = stay[-1]
                 stay.pop()
             stay = torch.tensor(stay, dtype=torch.long)
-            rows, token, mask = rows[stay], token[stay], mask[stay]
+            rows, token, attention_mask = rows[stay], token[stay], attention_mask[stay]
             cache.batch_select_indices(stay)
         if len(rows) == 0 or t + 1 == max_new_tokens:
             break
-        logits = forward(model, token[:, None], mask[:, :P + t + 1], cache, logits_to_keep=1).logits[:, -1]
+        out = forward(model, token[:, None], attention_mask[:, :P + t + 1], cache, logits_to_keep=1)
+        logits = out.logits[:, -1]
 
     model.train(was_training)
     completion_ids, truncated = completion_ids[:, :t + 1], ~torch.isin(completion_ids, eos).any(dim=1)
@@ -223,16 +221,16 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
         body, head = functools.partial(model, logits_to_keep=T + 1), torch.nn.Identity()
 
     # Padding behind a completion needs no masking out: causal attention never looks ahead.
-    whole_mask = torch.cat([prompt_mask.long()[question], torch.ones_like(completion_ids)], dim=1)   # (N, P + T)
+    attention_mask = torch.cat([prompt_mask.long()[question], torch.ones_like(completion_ids)], dim=1)   # (N, P + T)
     # TRAP: activation checkpointing drops the cache (test_activation_checkpointing_changes_nothing).
     no_cache = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
     if B == N or no_cache:
         whole = torch.cat([prompt_ids[question], completion_ids], dim=1)
-        states = forward(body, whole, whole_mask, use_cache=False)[0][:, -T - 1:]
+        states = forward(body, whole, attention_mask, use_cache=False)[0][:, -T - 1:]
     else:   # as in sampling: the prompts once, the completions behind their keys and values
         out = forward(body, prompt_ids, prompt_mask)
         out.past_key_values.batch_select_indices(question)
-        behind = forward(body, completion_ids, whole_mask, out.past_key_values)[0]
+        behind = forward(body, completion_ids, attention_mask, out.past_key_values)[0]
         states = torch.cat([out[0][question, -1:], behind], dim=1)
     # (N, T + 1, D): from the last token of the prompt to that of the completion. Each predicts the next one.
     states, targets = states[:, :-1][mask], completion_ids[mask]                # (M, D), (M,): M tokens that count
