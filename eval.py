@@ -24,9 +24,10 @@ import transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
+from grpo import Samples, bf16_weights, head_is_plain, sample_groups, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward, extract_answer, final_answer, is_equivalent
 
+SAMPLE_TOKENS = 2 ** 18   # tokens of KV cache, prompts and completions, that a model samples at a time
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -58,17 +59,15 @@ GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
 
-    A worked solution has two habits, and chooses while it can: four times in ten it takes one term
-    ("7+5=12") and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. A model
-    trained on it can compute but mostly does not; RL has to find out that the careful habit pays.
+    A worked solution has two habits, and chooses while it can: four times in ten it takes one term ("7+5=12")
+    and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. RL finds out what pays.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
     rng, problems = random.Random(f"arithmetic {split}"), []
     while len(problems) < count:
         numbers = [rng.randint(1, 9)]   # such as 7, +5, -4, +3
         for _ in range(rng.choice(terms) - 1):
-            total = sum(numbers)
-            numbers.append(rng.choice([d for d in range(-9, 10) if d and 0 <= total + d <= LARGEST_TOTAL]))
+            numbers.append(rng.choice([d for d in range(-9, 10) if d and 0 <= sum(numbers) + d <= LARGEST_TOTAL]))
         question = str(numbers[0]) + "".join(f"{d:+d}" for d in numbers[1:])
         # A fifth of all questions, by a hash of their text, is held out from training in every split.
         if (hashlib.sha256(question.encode()).digest()[0] % 5 == 0) != held_out:
@@ -172,7 +171,6 @@ def load_model(name, device):
         eos_token_ids(model, tokenizer)   # a chat template may fail, too
         samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)
         with torch.no_grad():
-            ids = ids.repeat_interleave(2, dim=0)
             logp, _ = token_logprobs(model, ids, ids > 0, samples.completion_ids, samples.mask, 1.0)
         reason = f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}"
         fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
@@ -230,16 +228,21 @@ def check_room(model, tokenizer, problems, request, max_new_tokens):
 
 def encode_prompts(tokenizer, problems, request, device):
     """Prompts of B problems, padded on the left so that completions start at column P: ids, mask (B, P)."""
-    prompts = {"input_ids": [build_prompt(tokenizer, problem.question, request) for problem in problems]}
-    padded = tokenizer.pad(prompts, padding_side="left", return_attention_mask=True, return_tensors="pt")
+    ids = [build_prompt(tokenizer, problem.question, request) for problem in problems]
+    padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_attention_mask=True, return_tensors="pt")
     return padded.input_ids.to(device), padded.attention_mask.to(device)
 
 
-def sample_problems(model, tokenizer, problems, request, group_size, max_new_tokens, temperature, generator):
+def sample_problems(model, tokenizer, problems, request, group_size, max_new_tokens, temperature, generator,
+                    sample_tokens=SAMPLE_TOKENS):
     """Sample a group for each of B problems. Returns prompt ids and mask (B, P), `Samples`, and N texts."""
     prompt_ids, prompt_mask = encode_prompts(tokenizer, problems, request, model.device)
-    samples = sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens,
-                            eos_token_ids(model, tokenizer), tokenizer.pad_token_id, temperature, generator)
+    eos_ids, pad_id = eos_token_ids(model, tokenizer), tokenizer.pad_token_id
+    at_once = max(1, sample_tokens // (group_size * (prompt_ids.shape[1] + max_new_tokens)))   # groups
+    batches = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
+    parts = [sample_groups(model, *batch, group_size, max_new_tokens, eos_ids, pad_id, temperature, generator)
+             for batch in tqdm(batches, desc="sampling", delay=5, leave=False)]
+    samples = Samples(*map(torch.cat, zip(*parts)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask)]
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
 
@@ -275,8 +278,9 @@ def last_number(text):
     return ([""] + re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:]))[-1].rstrip(",")
 
 
-def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0):
-    """Greedy accuracy, and that of K = `samples` samples each, 256 completions at a time.
+def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0,
+             sample_tokens=SAMPLE_TOKENS):
+    """Accuracy, greedy and of K = `samples` samples each.
 
     Returns scores: n; greedy, sampled (mean of K), maj@K and pass@K, each with its interval; shares of
     flexible (last number right), truncated, unparsable. And records: kind -> a dict per completion, in order.
@@ -284,17 +288,16 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
     scores, records = {"n": len(problems)}, {}
     for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
         generator = torch.Generator(model.device).manual_seed(seed)   # the same draws before and after
-        graded, at_once = records.setdefault(kind, []), max(1, 256 // K)
-        for start in tqdm(range(0, len(problems), at_once), desc="evaluating", delay=5, leave=False):
-            batch = problems[start:start + at_once]
-            drawn, texts = sample_problems(model, tokenizer, batch, request, K, max_new_tokens, T, generator)[2:]
-            for i, text in enumerate(texts):
-                (question, gold, _), answer = batch[i // K], extract_answer(text)
-                right = accuracy_reward(text, gold)
-                graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
-                               "verdict": "right" if right else "unparsable" if answer is None else "wrong",
-                               "right": right, "truncated": drawn.truncated[i].item(),
-                               "flexible": is_equivalent(last_number(text), gold)})
+        *_, drawn, texts = sample_problems(model, tokenizer, problems, request, K, max_new_tokens, T, generator,
+                                           sample_tokens)
+        graded = records.setdefault(kind, [])
+        for i, text in enumerate(texts):
+            (question, gold, _), answer = problems[i // K], extract_answer(text)
+            right = accuracy_reward(text, gold)
+            graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
+                           "verdict": "right" if right else "unparsable" if answer is None else "wrong",
+                           "right": right, "truncated": drawn.truncated[i].item(),
+                           "flexible": is_equivalent(last_number(text), gold)})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
         measures = {kind: [fmean(row["right"] for row in g) for g in groups]}
         if kind == "sampled":
@@ -302,9 +305,8 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
             measures[f"pass@{K}"] = [max(row["right"] for row in g) for g in groups]
         for name, values in measures.items():
             scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
-        scores[f"{kind}_flexible"] = fmean(row["flexible"] for row in graded)
-        scores[f"{kind}_truncated"] = fmean(row["truncated"] for row in graded)
-        scores[f"{kind}_unparsable"] = fmean(row["verdict"] == "unparsable" for row in graded)
+        for share in ("flexible", "truncated", "unparsable"):   # the last one is a verdict
+            scores[f"{kind}_{share}"] = fmean(row.get(share, row["verdict"] == share) for row in graded)
     return scores, records
 
 
@@ -312,9 +314,8 @@ def score_table(scores):
     """The scores of `evaluate` as lines of text."""
     lines = [f"n = {scores['n']:<8}accuracy  95% interval      flexible  truncated unparsable"]
     for name in [key.removesuffix("_interval") for key in scores if key.endswith("_interval")]:
-        low, high = scores[f"{name}_interval"]
         shares = [scores.get(f"{name}_{share}") for share in ("flexible", "truncated", "unparsable")]
-        lines.append(f"{name:<12}{scores[name]:>8.1%}  {low:>6.1%} - {high:<6.1%}"
+        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"])
                      + "".join(f"{share:>11.1%}" for share in shares if share is not None))
     return "\n".join(lines)
 
@@ -369,8 +370,7 @@ def main(argv):
                                args.max_new_tokens, args.samples, args.temperature, args.seed)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict in ("right", "wrong", "unparsable"):
-        row = next((row for rows in records.values() for row in rows if row["verdict"] == verdict), None)
-        if row:
+        for row in [row for rows in records.values() for row in rows if row["verdict"] == verdict][:1]:
             print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
     out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, records=records)))
     print(f"all of it is in {out}")

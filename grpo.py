@@ -30,7 +30,6 @@ What the paper leaves open, and what we chose:
 Comments marked PAPER say where the code departs from the paper, those marked TRAP what goes wrong silently.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -48,7 +47,7 @@ HEAD_LOGITS = 2 ** 26  # logits that exist at a time: 256 MB in float32
 
 class Samples(NamedTuple):
     """What `sample_groups` returns: N = B * group_size rows, question-major."""
-    completion_ids: torch.Tensor   # (N, T) int64, padded on the right; T is the longest completion
+    completion_ids: torch.Tensor   # (N, T) int64, padded on the right; T is max_new_tokens
     mask: torch.Tensor             # (N, T) bool, true up to and including the first EOS
     logp: torch.Tensor             # (N, T) the sampler's own log-probs, 0 where mask is false
     truncated: torch.Tensor        # (N,) bool, true for completions cut off by max_new_tokens
@@ -80,13 +79,12 @@ def forward(model, ids, attention_mask, cache=None, use_cache=True, **options):
 
 
 def sample_token(logits, temperature, generator=None):
-    """Draw a token a row from p = softmax(logits / temperature): logits (n, V) -> ids (n,), log p (n,). At temperature
-    0 it is the likeliest token, with its log p at temperature 1."""
+    """Draw a token a row from p = softmax(logits / temperature): (n, V) -> ids (n,) and log p of them (n,)."""
     # TRAP: a softmax in bf16 puts a log-prob off by up to 0.08, against a clip range of 0.2. So float32
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = torch.softmax(logits / (temperature or 1.0), dim=-1)          # (n, V)
-    if temperature == 0:
+    if temperature == 0:   # the likeliest token, with its log p at temperature 1
         token = p.argmax(dim=-1, keepdim=True)
     else:
         # The first token at which the sum of p so far reaches u, which is uniform in (0, sum of p]. One random
@@ -177,8 +175,8 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
         logits = out.logits[:, -1]
 
     model.train(was_training)
-    completion_ids, truncated = completion_ids[:, :t + 1], ~torch.isin(completion_ids, eos).any(dim=1)
-    return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp[:, :t + 1], truncated)
+    truncated = ~torch.isin(completion_ids, eos).any(dim=1)
+    return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp, truncated)
 
 
 def completion_mask(completion_ids, eos_ids):
@@ -191,8 +189,7 @@ def completion_mask(completion_ids, eos_ids):
     """
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=completion_ids.device)
     is_eos = torch.isin(completion_ids, eos).long()
-    eos_before = is_eos.cumsum(dim=1) - is_eos   # (N, T) how many EOS stand before this token
-    return eos_before == 0
+    return is_eos.cumsum(dim=1) - is_eos == 0   # the number of EOS that stand before this token
 
 
 # --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
@@ -218,7 +215,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     if head_is_plain(model):   # (n, s) tokens -> body -> (n, s, D) -> head -> (n, s, V)
         body, head = model.base_model, model.get_output_embeddings()
     else:
-        body, head = functools.partial(model, logits_to_keep=T + 1), torch.nn.Identity()
+        body, head = (lambda **inputs: model(**inputs, logits_to_keep=T + 1)), torch.nn.Identity()
 
     # Padding behind a completion needs no masking out: causal attention never looks ahead.
     attention_mask = torch.cat([prompt_mask.long()[question], torch.ones_like(completion_ids)], dim=1)   # (N, P + T)
@@ -249,7 +246,7 @@ def _logp_and_entropy(head, states, targets, temperature):
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
-    entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # mul_: a new (m, V) costs more than the product
+    entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # mul_: a new tensor would take longer
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 

@@ -25,9 +25,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (VERSIONS, InputError, Parser, check_room, encode_prompts, eos_token_ids, evaluate,
+from eval import (SAMPLE_TOKENS, VERSIONS, InputError, Parser, check_room, encode_prompts, eos_token_ids, evaluate,
                   load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
-from grpo import EQUAL_REWARDS, bf16_weights, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
+from grpo import bf16_weights, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
 from reward import MATH_REQUEST, accuracy_rewards
 
 
@@ -52,6 +52,7 @@ class Config:
     questions: int = opt(32, "questions per step, B", least=1, group="sampling")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)", least=2)
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
+    sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
     temperature: float = opt(1.0, "of sampling and log-probs; at 0 all samples would be the same", above=0)
 
     iterations: int = opt(1, "how often the reference is renewed, I", least=1, group="algorithm")
@@ -71,7 +72,7 @@ class Config:
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
     weight_decay: float = opt(0.0, "of AdamW", least=0)
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
-    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
+    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass of the update", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
 
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
@@ -165,8 +166,8 @@ def gather_problems(config):
 
 class Batch(NamedTuple):
     """The completions of one step, N = B * G rows, question-major."""
-    prompt_ids: torch.Tensor       # (N, P)
-    prompt_mask: torch.Tensor      # (N, P)
+    prompt_ids: torch.Tensor       # (B, P)
+    prompt_mask: torch.Tensor      # (B, P)
     completion_ids: torch.Tensor   # (N, T)
     mask: torch.Tensor             # (N, T) the tokens that count
     logp_sampler: torch.Tensor     # (N, T) what the sampler says of its own tokens
@@ -174,31 +175,33 @@ class Batch(NamedTuple):
     rewards: torch.Tensor          # (B, G)
     advantages: torch.Tensor       # (N,)
     texts: list                    # N strings
+    t_reward: float                # seconds that the reward took
 
 
-def micro_batches(prompt_mask, mask, limit):
-    """Cut N rows into lists of row numbers, every row once: one row, or at most `limit` tokens with padding.
+def micro_batches(rows, prompt_mask, mask, limit):
+    """Cut row numbers into lists, each row in one: of one row, or of at most `limit` tokens with padding.
 
-    Sorted by length, so that long rows are among themselves and few tokens are padding.
+    Sorted by length, so that long rows are among themselves and few tokens are padding. A prompt counts once.
     """
-    p, t = prompt_mask.sum(dim=1).repeat_interleave(len(mask) // len(prompt_mask)).tolist(), mask.sum(dim=1).tolist()
+    G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
-    for row in sorted(range(len(t)), key=lambda row: p[row] + t[row]):
-        rows = cuts[-1] + [row]
-        if cuts[-1] and len(rows) * (max(p[r] for r in rows) + max(t[r] for r in rows)) > limit:
+    for row in sorted(rows, key=lambda row: t[row]):
+        together = cuts[-1] + [row]   # of these `row` is the longest
+        prompts = {r // G for r in together}
+        if cuts[-1] and len(together) * t[row] + len(prompts) * max(p[q] for q in prompts) > limit:
             cuts.append([])
         cuts[-1].append(row)
     return cuts
 
 
 def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """logp, entropy and mask of n of the rows, (n, t): without padding columns that none of them needs."""
-    G, rows = len(mask) // len(prompt_mask), torch.tensor(rows, device=mask.device)
-    questions, question = torch.unique(rows // G, return_inverse=True)
-    p, t = prompt_mask[questions].sum(dim=1).max(), mask[rows].sum(dim=1).max()
+    """logp, entropy and mask of n of the rows, (n, t): each prompt once, and no padding column that none needs."""
+    rows = torch.tensor(rows, device=mask.device)
+    prompts, question = torch.unique(rows // (len(mask) // len(prompt_mask)), return_inverse=True)
+    p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
     mask = mask[rows, :t]
-    return *token_logprobs(model, prompt_ids[questions, -p:], prompt_mask[questions, -p:], completion_ids[rows, :t],
-                           mask, temperature, question if len(questions) < len(rows) else None), mask
+    return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
+                           mask, temperature, question), mask
 
 
 def learning_rate(step, steps, peak, warmup, end):
@@ -233,7 +236,7 @@ def warm_up(policy, tokenizer, problems, config, autocast):
                                return_tensors="pt")
         completion_ids, mask = (padded[key].to(policy.device) for key in ("input_ids", "attention_mask"))
         mask, total = mask.bool(), 0.0
-        for rows in micro_batches(prompt_mask, mask, config.micro_tokens):
+        for rows in micro_batches(range(len(mask)), prompt_mask, mask, config.micro_tokens):
             with autocast():
                 logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, completion_ids, mask, 1.0)
             loss = -logp.sum() / mask.sum()   # mean over the tokens of the whole batch
@@ -275,24 +278,20 @@ def score_texts(reward, problems, texts):
 def sample_and_score(sampler, tokenizer, problems, config, generator):
     """G completions for each of B problems, their rewards and their advantages."""
     G = config.group_size
-    with tqdm(total=config.max_new_tokens, desc="sampling", unit="token", delay=5, leave=False) as bar:
-        # One forward pass is one token a row. The hook must return None: else that would replace the logits.
-        hook = sampler.register_forward_hook(lambda *_: [bar.update()].clear())
-        prompt_ids, prompt_mask, samples, texts = sample_problems(
-            sampler, tokenizer, problems, config.request, G, config.max_new_tokens,
-            config.temperature, generator)
-        hook.remove()
+    prompt_ids, prompt_mask, samples, texts = sample_problems(
+        sampler, tokenizer, problems, config.request, G, config.max_new_tokens, config.temperature, generator,
+        config.sample_tokens)
+    start = time.perf_counter()   # the texts are there, so a GPU has finished
     rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
     rewards = score_texts(load_reward(config.reward), rows, texts).view(len(problems), G)   # (B, G)
     if config.shuffle_rewards:
         rewards = torch.stack([group[torch.randperm(G)] for group in rewards])
-    advantages = outcome_advantages(rewards, config.scale_rewards).flatten()       # (N,)
-    return Batch(prompt_ids, prompt_mask, samples.completion_ids, samples.mask, samples.logp, samples.truncated,
-                 rewards, advantages.to(sampler.device), texts)
+    advantages = outcome_advantages(rewards, config.scale_rewards).flatten().to(sampler.device)   # (N,)
+    return Batch(prompt_ids, prompt_mask, *samples, rewards, advantages, texts, time.perf_counter() - start)
 
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns means: of gap and entropy over all tokens, in the first pass;
+    """mu optimizer steps on one batch. Returns means: of gap and entropy over the cuts' tokens, in the first pass;
     of kl and clip_share over the tokens in the loss, in all passes; of loss and grad_norm over the passes.
 
     cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
@@ -300,7 +299,7 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
-    tokens, tokens_in_loss = batch.mask.sum().item(), max(1, in_loss.sum().item())
+    tokens, tokens_in_loss = batch.mask[sum(cuts, [])].sum().item(), max(1, in_loss.sum().item())
     means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
     logp_old = [None] * len(cuts)
     policy.train()   # activation checkpointing works only in train(); every dropout is 0
@@ -333,7 +332,7 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
 
 COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f",
                kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e",
-               tok_s="8.0f", t_sample="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
+               tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
 
 
 def print_metrics(metrics):
@@ -383,7 +382,7 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
     def evaluate_now():
         renew_sampler()
         return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens,
-                                config.eval_samples, config.temperature, config.seed)[0]
+                                config.eval_samples, config.temperature, config.seed, config.sample_tokens)[0]
                 for split, rows in held_out.items()}
 
     def record(metrics):
@@ -411,7 +410,9 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
             batch = sample_and_score(sampler, tokenizer, questions, config, generator)
             sampled = clock(device)
             # what pi_ref says of them
-            cuts = micro_batches(batch.prompt_mask, batch.mask, config.micro_tokens)
+            # (without a KL term a completion of advantage 0 has no gradient, and is left out)
+            rows = [i for i, a in enumerate(batch.advantages.tolist()) if a or config.kl_beta] or [0]
+            cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
             with torch.no_grad():
                 logp_ref = [None if reference is None else
                             score_rows(reference, rows, *batch[:4], config.temperature)[0] for rows in cuts]
@@ -421,13 +422,13 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
             metrics = update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast)
             step += 1
 
-            spread = batch.rewards.amax(dim=1) - batch.rewards.amin(dim=1)
-            lengths = batch.mask.sum(dim=1).float()
+            zero_var = (batch.advantages.view_as(batch.rewards) == 0).all(dim=1)
+            lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
             metrics.update(
-                step=step, iteration=iteration, reward=batch.rewards.mean().item(),
-                zero_var=(spread < EQUAL_REWARDS).float().mean().item(), length=lengths.mean().item(),
-                truncated=batch.truncated.float().mean().item(), lr=lr,
-                tok_s=lengths.sum().item() / (sampled - start), t_sample=sampled - start,
+                step=step, iteration=iteration, reward=batch.rewards.mean().item(), lr=lr,
+                zero_var=zero_var.float().mean().item(), left_out=1 - len(rows) / len(lengths),
+                length=lengths.mean().item(), truncated=batch.truncated.float().mean().item(),
+                tok_s=lengths.sum().item() / t_sample, t_sample=t_sample, t_reward=batch.t_reward,
                 t_ref=referred - sampled, t_update=clock(device) - referred, mem_gb=peak_memory(device))
             print_metrics(metrics)
             if config.show_every and step % config.show_every == 0:
@@ -441,10 +442,7 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
 
 
 def save(policy, tokenizer, folder):
-    """A folder for from_pretrained: float32 weights, tokenizer and chat template, all EOS ids.
-
-    No sampling settings that came along (top_k, top_p): trained without them, and some cannot be saved.
-    """
+    """Write a folder for from_pretrained, without sampling settings that came along: some cannot be saved."""
     policy.generation_config = GenerationConfig(
         eos_token_id=sorted(eos_token_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)
     policy.save_pretrained(folder)

@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from transformers.cache_utils import DynamicLayer
+
 import grpo
 from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
 from helpers import tiny_model
@@ -20,7 +22,7 @@ def rescore(model, prompts, samples, temperature, group_size=1):
 def test_samples_have_the_promised_shapes(llama, prompts):
     samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
     N, T = samples.completion_ids.shape
-    assert N == 12 and T <= 20
+    assert (N, T) == (12, 20)
     assert samples.mask.shape == samples.logp.shape == (N, T) and samples.truncated.shape == (N,)
     assert samples.mask.dtype == samples.truncated.dtype == torch.bool and samples.logp.dtype == torch.float32
     for ids, mask, logp, truncated in zip(*samples):
@@ -33,13 +35,19 @@ def test_samples_have_the_promised_shapes(llama, prompts):
         assert (logp[:length] < 0).all()
 
 
+def assert_equal_tokens(samples, expected):
+    """generate() stops with its longest row, our samples are max_new_tokens wide: what is beyond must be padding."""
+    width = expected.shape[1]
+    assert torch.equal(samples.completion_ids[:, :width], expected) and (samples.completion_ids[:, width:] == PAD).all()
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 25])
 def test_greedy_equals_generate_token_by_token(any_model, prompts, max_new_tokens):
     ids, mask = prompts
     greedy = any_model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=max_new_tokens,
                                 eos_token_id=EOS, pad_token_id=PAD)[:, ids.shape[1]:]
     samples = sample_groups(any_model, ids, mask, 2, max_new_tokens, EOS, PAD, temperature=0)
-    assert torch.equal(samples.completion_ids, greedy.repeat_interleave(2, dim=0))
+    assert_equal_tokens(samples, greedy.repeat_interleave(2, dim=0))
 
 
 def test_greedy_equals_generate_when_rows_end_at_different_times(prompts):
@@ -49,7 +57,7 @@ def test_greedy_equals_generate_when_rows_end_at_different_times(prompts):
         greedy = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=12,
                                 eos_token_id=eos, pad_token_id=PAD)[:, ids.shape[1]:]
         samples = sample_groups(model, ids, mask, 1, 12, [eos], PAD, temperature=0)
-        assert torch.equal(samples.completion_ids, greedy)
+        assert_equal_tokens(samples, greedy)
         lengths.add(tuple(samples.mask.sum(dim=1).tolist()))
     assert any(len(set(rows)) == 3 for rows in lengths)   # three rows, three lengths
 
@@ -165,6 +173,96 @@ def test_scoring_at_temperature_zero_is_refused(llama, prompts, temperature):
     samples = sample_groups(llama, *prompts, 1, 4, EOS, PAD, temperature=0)
     with pytest.raises(ValueError):
         rescore(llama, prompts, samples, temperature)
+
+
+# --- The KV cache -----------------------------------------------------------------------------------
+
+def test_the_cache_is_written_in_place(llama, prompts, monkeypatch):
+    """Keys and values stay where they are from the first token to the last, and are those of the library's cache."""
+    places, original = set(), grpo.PreallocatedLayer.update
+
+    def spy(layer, *args, **kwargs):
+        keys, values = original(layer, *args, **kwargs)
+        places.add((keys.data_ptr(), values.data_ptr()))
+        assert torch.equal(keys, layer.keys) and keys.shape[2] == layer.get_seq_length()
+        return keys, values
+
+    monkeypatch.setattr(grpo.PreallocatedLayer, "update", spy)
+    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    assert len(places) == len(llama.model.layers)                     # one place a layer, never another
+    monkeypatch.setattr(grpo, "PreallocatedLayer", lambda layer, max_new_tokens: layer)
+    plain = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    assert all(torch.equal(a, b) for a, b in zip(plain[:2], samples[:2]))
+    torch.testing.assert_close(plain.logp, samples.logp, rtol=0, atol=1e-5)
+
+
+def test_selected_rows_of_the_cache_are_those_asked_for():
+    layer = DynamicLayer()
+    keys, values = torch.randn(2, 6, 2, 5, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    layer.update(keys, values)
+    layer, new = grpo.PreallocatedLayer(layer, 4), torch.ones(6, 2, 1, 3)
+    layer.update(new, -new)
+    for rows in ([0, 5, 2, 4], [3, 1], [1], []):   # each counts in what the one before has left
+        layer.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+        keys, values = keys[rows], values[rows]
+        assert torch.equal(layer.keys[:, :, :5], keys) and torch.equal(layer.values[:, :, :5], values)
+        assert (layer.keys[:, :, 5] == 1).all() and (layer.values[:, :, 5] == -1).all() and layer.get_seq_length() == 6
+
+
+def test_impossible_tokens_are_never_drawn():
+    """Drawing goes by the running sum of p, which must not stop at a token of p = 0, whatever the random number."""
+    logits = torch.full((1, 50), -torch.inf)
+    logits[0, [7, 8, 30]] = torch.tensor([0.0, 1.0, 2.0])
+    token, logp = grpo.sample_token(logits.expand(20_000, -1), 1.0, torch.Generator().manual_seed(0))
+    assert set(token.tolist()) == {7, 8, 30} and logp.isfinite().all()
+    for u, expected in ((0.0, 30), (1 - 2 ** -24, 7)):   # the ends of what torch.rand gives
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, u))
+            assert grpo.sample_token(logits, 1.0)[0].tolist() == [expected]
+
+
+# --- Prompts once a group ---------------------------------------------------------------------------
+
+def scored(model, prompts, samples, question, shared):
+    """log-probs, entropies and all gradients of rows that answer prompts[question]: prompts once, or one for each row."""
+    ids, mask = prompts
+    model.zero_grad()
+    logp, entropy = (token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, 0.8, question) if shared else
+                     token_logprobs(model, ids[question], mask[question], samples.completion_ids, samples.mask, 0.8))
+    (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
+    return [logp.detach(), entropy] + [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("max_new_tokens", [1, 12])
+def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, prompts, max_new_tokens):
+    """In float64, value and gradient; groups cut in any way, in any order."""
+    model = any_model.double()
+    samples = sample_groups(model, *prompts, 4, max_new_tokens, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    rows = torch.tensor([9, 0, 5, 1, 8, 4, 2])
+    for question, part in ((None, samples), (rows // 4, type(samples)(*(x[rows] for x in samples)))):
+        whole = torch.arange(12) // 4 if question is None else question
+        apart = scored(model, prompts, part, whole, shared=False)
+        for a, b in zip(scored(model, prompts, part, question, shared=True), apart):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_each_prompt_goes_through_once(llama, prompts):
+    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    head_is_plain(llama)
+    shapes = []
+    llama.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    token_logprobs(llama, *prompts, samples.completion_ids, samples.mask, 1.0)
+    assert shapes == [(3, 5), (12, 12)]
+
+
+def test_activation_checkpointing_changes_nothing(prompts):
+    model = tiny_model("llama").double()
+    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    plain = scored(model, prompts, samples, None, shared=True)
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    for a, b in zip(scored(model.train(), prompts, samples, None, shared=True), plain):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
 
 
 # --- The vocabulary head ----------------------------------------------------------------------------

@@ -120,11 +120,41 @@ def test_every_row_is_in_one_micro_batch(limit):
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 30, (37, 1), generator=generator)
     mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=generator)
-    cuts = micro_batches(prompt_mask.long(), mask, limit)
+    cuts = micro_batches(range(37), prompt_mask.long(), mask, limit)
     assert sorted(row for cut in cuts for row in cut) == list(range(37))
     for cut in cuts:
         columns = prompt_mask[cut].sum(1).max() + mask[cut].sum(1).max()   # as many as go through the model
         assert len(cut) == 1 or len(cut) * columns <= limit
+
+
+@pytest.mark.parametrize("limit", [1, 40, 90, 10_000])
+def test_a_micro_batch_counts_each_prompt_once(limit):
+    """12 groups of 3 and some rows left out: what goes through the model is counted, and no cut is needlessly small."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=generator)
+    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=generator)
+    rows = [row for row in range(36) if row % 5]
+    cuts = micro_batches(rows, prompt_mask.long(), mask, limit)
+    assert sorted(row for cut in cuts for row in cut) == rows
+
+    def tokens(cut):
+        prompts = sorted({row // 3 for row in cut})
+        return len(cut) * mask[cut].sum(1).max() + len(prompts) * prompt_mask[prompts].sum(1).max()
+
+    assert all(len(cut) == 1 or tokens(cut) <= limit for cut in cuts)
+    assert all(tokens(a + b[:1]) > limit for a, b in zip(cuts, cuts[1:]))
+
+
+def test_score_rows_lets_no_needless_padding_through(chat_folder, story_file):
+    """What a model gets to see is as wide as the longest of the rows, and each prompt is among it once."""
+    policy, _, batch = one_batch(Config(group_size=4, max_new_tokens=12, request=""), chat_folder, story_file)
+    batch.mask[:, 9:] = False
+    shapes = []
+    policy.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
+    logp, _, mask = train.score_rows(policy, [1, 2, 7], *batch[:4], 1.0)
+    longest = max(batch.prompt_mask[0].sum(), batch.prompt_mask[1].sum()).item()
+    assert shapes == [(2, longest), (3, 9)] and logp.shape == mask.shape == (3, 9)
 
 
 def test_learning_rate_rises_and_falls_linearly():
@@ -168,7 +198,7 @@ def test_the_update_does_not_depend_on_micro_batches(chat_folder, story_file, ag
                         mask_truncated=mask_truncated, request="")
         policy, _, batch = one_batch(config, chat_folder, story_file)
         batch = batch._replace(truncated=torch.tensor([False, True] * 6))
-        cuts = micro_batches(batch.prompt_mask, batch.mask, micro_tokens)
+        cuts = micro_batches(range(12), batch.prompt_mask, batch.mask, micro_tokens)
         optimizer = torch.optim.SGD(policy.parameters(), lr=1.0)
         metrics = train.update(policy, optimizer, batch, cuts, [None] * len(cuts), dataclasses.replace(config, kl_beta=0.0),
                                0.1, contextlib.nullcontext)
@@ -184,7 +214,7 @@ def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file
     """mu = 3 passes: pi_old is recorded in the first and never again; every pass uses every row once."""
     config = Config(group_size=4, max_new_tokens=8, micro_tokens=300, mu=3, request="", kl_beta=0.0)
     policy, _, batch = one_batch(config, chat_folder, story_file)
-    cuts = micro_batches(batch.prompt_mask, batch.mask, 300)
+    cuts = micro_batches(range(12), batch.prompt_mask, batch.mask, 150)
     calls, original = [], train.grpo_loss
 
     def spy(logp, logp_old, *rest):
