@@ -313,6 +313,26 @@ def test_scores_add_up(llama, chat_folder):
     assert [r["right"] for r in records["sampled"]] == [1, 1, 0, 0, 0, 0, 0, 1]
 
 
+@pytest.mark.parametrize("sample_tokens, batches", [(10 ** 6, [5]), (2 * 4 * 70, [2, 2, 1]), (1, [1] * 5)])
+def test_as_many_groups_at_a_time_as_the_kv_cache_may_hold(sample_tokens, batches, chat_folder, story_file, monkeypatch):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    problems, sizes, original = read_problems(story_file)[:5], [], evaluation.sample_groups
+
+    def spy(model, prompt_ids, *rest):
+        sizes.append(len(prompt_ids))
+        return original(model, prompt_ids, *rest)
+
+    monkeypatch.setattr(evaluation, "sample_groups", spy)
+    sample = lambda temperature: evaluation.sample_problems(model, tokenizer, problems, "", 4, 8, temperature,
+                                                            torch.Generator().manual_seed(0), sample_tokens)
+    ids, mask, samples, texts = sample(1.0)
+    assert 4 * 2 * (ids.shape[1] + 8) <= 2 * 4 * 70 < 4 * 3 * (ids.shape[1] + 8)   # the second case holds two groups
+    assert sizes == batches and samples.completion_ids.shape == (20, 8) and len(texts) == 20
+    # whatever the batches: each completion belongs to its prompt
+    logp, _ = evaluation.token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, 1.0)
+    torch.testing.assert_close(logp, samples.logp, rtol=0, atol=1e-4)
+
+
 def test_evaluation_repeats_itself(chat_folder, story_file):
     model, tokenizer = load_model(str(chat_folder), CPU)
     first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4) for _ in "ab")

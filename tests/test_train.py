@@ -210,6 +210,54 @@ def test_the_update_does_not_depend_on_micro_batches(chat_folder, story_file, ag
             torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+def test_leaving_out_what_has_no_gradient_changes_nothing(chat_folder, story_file, aggregate):
+    """Without a KL term, rows of advantage 0 may stay away from the update: the same loss, gradient and clip_share."""
+    config = Config(group_size=4, max_new_tokens=12, request="", kl_beta=0.0, aggregate=aggregate, mu=2)
+    results = []
+    for rows in (range(12), [4, 5, 6, 7, 8, 11]):
+        policy, _, batch = one_batch(config, chat_folder, story_file)
+        batch = batch._replace(advantages=torch.tensor([0.0] * 4 + [1.0, -1.0, 0.5, -0.5] + [1.0, 0.0, 0.0, -1.0]))
+        cuts = micro_batches(rows, batch.prompt_mask, batch.mask, 200)
+        metrics = train.update(policy, torch.optim.SGD(policy.parameters(), lr=1.0), batch, cuts, [None] * len(cuts),
+                               config, 0.1, contextlib.nullcontext)
+        results.append(({key: metrics[key] for key in ("loss", "clip_share", "grad_norm")},
+                        torch.cat([p.detach().flatten() for p in policy.parameters()])))
+    assert results[0][0] == pytest.approx(results[1][0], abs=1e-6) and results[0][0]["grad_norm"] > 0.01
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("kl_beta, expected", [("0", 1), ("0.04", 16)])
+def test_completions_without_a_gradient_are_left_out_only_if_there_is_no_kl_term(kl_beta, expected, tmp_path, monkeypatch):
+    """All rewards equal. One completion stays, so that Adam makes the step that it makes with gradient 0."""
+    monkeypatch.setattr(train, "load_reward", lambda name: lambda prompts, completions, answer: [1.0] * len(completions))
+    seen, original = [], train.update
+    monkeypatch.setattr(train, "update", lambda policy, optimizer, batch, cuts, *rest: (
+        seen.append(sorted(sum(cuts, []))), original(policy, optimizer, batch, cuts, *rest))[1])
+    train.main(f"--kl-beta {kl_beta} --steps 2 --sft-steps 0 --questions 4 --group-size 4 --eval-limit 4 --eval-samples 2 "
+               f"--show-every 0 --device cpu --out {tmp_path / 'run'}".split())
+    assert seen == [list(range(expected))] * 2
+    rows = rows_of(tmp_path / "run")[1:]
+    assert [row["left_out"] for row in rows] == [1 - expected / 16] * 2 and [row["zero_var"] for row in rows] == [1.0] * 2
+    assert kl_beta != "0" or all(row["grad_norm"] == 0 for row in rows)
+
+
+def test_a_batch_without_any_gradient_still_makes_adams_step(chat_folder, story_file):
+    """Momentum goes on: with one completion left, the weights move as they do with all twelve."""
+    config, weights = Config(group_size=4, max_new_tokens=8, request="", kl_beta=0.0), []
+    for rows in (range(12), [0]):
+        policy, _, batch = one_batch(config, chat_folder, story_file)
+        optimizer = torch.optim.AdamW(policy.parameters(), eps=1.0)   # so large that rounding is not blown up
+        for chosen, advantages in ((range(12), batch.advantages), (rows, torch.zeros(12))):
+            weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+            cuts = micro_batches(chosen, batch.prompt_mask, batch.mask, 10 ** 6)
+            train.update(policy, optimizer, batch._replace(advantages=advantages), cuts, [None], config, 0.1,
+                         contextlib.nullcontext)
+        weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
+    assert torch.equal(weights[1], weights[4]) and torch.equal(weights[2], weights[5])
+    assert (weights[1] - weights[2]).abs().max() > 1e-4
+
+
 def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file, monkeypatch):
     """mu = 3 passes: pi_old is recorded in the first and never again; every pass uses every row once."""
     config = Config(group_size=4, max_new_tokens=8, micro_tokens=300, mu=3, request="", kl_beta=0.0)
