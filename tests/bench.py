@@ -1,13 +1,13 @@
 """Steps of equal work, this project against TRL's GRPOTrainer: seconds, tokens per second, peak memory. By hand:
 
-    pip install trl==1.16.0 && python tests/bench.py     the three cases below; without trl only this project
+    pip install trl==1.16.0 && python tests/bench.py     the cases below; without trl only this project
     python tests/bench.py --growth                       how a step's time grows with G and with the length
     python tests/bench.py --device cuda                  on a GPU, with the shape of Qwen2.5-0.5B
 
-Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate and
-beta = 0.04, one optimizer step for each sampling, at most MICRO_TOKENS tokens in a micro-batch. Each is a process of its own;
+Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate,
+beta = 0.04 and tokens in a micro-batch, one optimizer step for each sampling. Each is a process of its own;
 they take turns step by step, so that both see the same noise of the machine, and only one works at a time.
-TRL samples with transformers' generate, without vLLM, and without activation checkpointing.
+TRL samples with transformers' generate, without vLLM, and trains without activation checkpointing.
 """
 
 import argparse
@@ -24,15 +24,19 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-BODY = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
-QWEN_05B = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-                num_key_value_heads=2, max_position_embeddings=4096)
-MICRO_TOKENS = 4096
+SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, max_position_embeddings=4096)
 LARGE = 151_936   # the vocabulary of Qwen2.5
-CPU_CASES = {     # eos: how likely each token is the last one
-    "fixed length": dict(B=8, G=8, T=64, vocab_size=2000, eos=0.0),
-    "varying length": dict(B=8, G=8, T=192, vocab_size=2000, eos=1 / 40),
-    "large vocabulary": dict(B=4, G=8, T=64, vocab_size=LARGE, eos=0.0),
+LONGEST_PROMPT = 40
+CASES = {   # eos: how likely each token is the last one; micro: tokens in a micro-batch
+    "cpu": {
+        "fixed length": dict(body=SMALL, B=8, G=8, T=64, V=2000, eos=0.0, micro=4096),
+        "varying length": dict(body=SMALL, B=8, G=8, T=192, V=2000, eos=1 / 40, micro=4096),
+        "large vocabulary": dict(body=SMALL, B=4, G=8, T=64, V=LARGE, eos=0.0, micro=4096)},
+    "cuda": {
+        "fixed length": dict(body=QWEN, B=32, G=8, T=512, V=LARGE, eos=0.0, micro=16384),
+        "varying length": dict(body=QWEN, B=32, G=8, T=512, V=LARGE, eos=1 / 150, micro=16384)},
 }
 
 
@@ -41,12 +45,12 @@ def parity(completions, **kwargs):
     return [1.0 - len(str(text)) % 2 for text in completions]
 
 
-def make_inputs(folder, case, body):
+def make_inputs(folder, case):
     """Write a random model whose tokens are EOS with the wanted probability, and problems for it."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from helpers import make_chat_model
-    make_chat_model(folder, vocab_size=case["vocab_size"], **body)
+    make_chat_model(folder, vocab_size=case["V"], **case["body"])
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     # Feature 0 of every embedding is 0.2, so behind the last norm it is about the same number everywhere: with it
     # the row of a token in the (tied) head can set the token's logit.
@@ -54,12 +58,15 @@ def make_inputs(folder, case, body):
     rows[:, 0] = 0.2
     with torch.no_grad():
         constant = model.base_model(input_ids=torch.arange(50, 250)[None]).last_hidden_state[0, :, 0].mean()
-    wanted = torch.tensor(case["vocab_size"] * p / (1 - p)).log()
+    wanted = torch.tensor(case["V"] * p / (1 - p)).log()
     rows[tokenizer.eos_token_id, 0] += wanted / constant
-    rows[tokenizer.convert_tokens_to_ids("<|im_end|>"), 0] += torch.tensor(case["vocab_size"] * 1e-9).log() / constant
+    rows[tokenizer.convert_tokens_to_ids("<|im_end|>"), 0] += torch.tensor(case["V"] * 1e-9).log() / constant
     model.save_pretrained(folder)
-    rng = random.Random(0)   # prompts of 20 to 40 letters, a token each, and 8 tokens of the chat template
-    lines = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(12, 32))) for _ in range(case["B"] * 20)]
+    rng, template = random.Random(0), len(tokenizer.apply_chat_template(
+        [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=True, return_dict=False))
+    # prompts of 20 to 40 tokens, those of the template among them; a letter is a token
+    lines = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(20, LONGEST_PROMPT) - template))
+             for _ in range(case["B"] * 20)]
     (folder / "problems.jsonl").write_text(
         "".join(json.dumps({"question": line, "answer": "1"}) + "\n" for line in lines))
 
@@ -78,7 +85,7 @@ def run_ours(pipe, folder, case, device, steps):
     train.main(["--model", str(folder), "--problems", str(folder / "problems.jsonl"), "--request", "",
                 "--reward", f"{__file__}:parity", "--out", str(folder / "ours"), "--device", device,
                 "--questions", str(case["B"]), "--group-size", str(case["G"]), "--max-new-tokens", str(case["T"]),
-                "--steps", str(steps), "--micro-tokens", str(MICRO_TOKENS), "--eval-limit", "1", "--eval-samples", "1",
+                "--steps", str(steps), "--micro-tokens", str(case["micro"]), "--eval-limit", "1", "--eval-samples", "1",
                 "--eval-every", "0", "--show-every", "0"])
 
 
@@ -89,7 +96,7 @@ def run_trl(pipe, folder, case, device, steps):
     from trl import GRPOConfig, GRPOTrainer
     from train import clock, peak_memory
     cpu, N, t = device == "cpu", case["B"] * case["G"], {}
-    rows_at_once = max(n for n in range(1, N + 1) if N % n == 0 and n * (40 + case["T"]) <= MICRO_TOKENS)
+    rows_at_once = max(n for n in range(1, N + 1) if N % n == 0 and n * (LONGEST_PROMPT + case["T"]) <= case["micro"])
 
     def timed(name, function):
         def call(*args, **kwargs):
@@ -135,11 +142,11 @@ def run_trl(pipe, folder, case, device, steps):
     trainer.train()
 
 
-def measure(case, body, device, steps, runs):
+def measure(case, device, steps, runs):
     """{name: a dict of figures for each step} of the given run functions, which take turns."""
     found = {run: [] for run in runs}
     with tempfile.TemporaryDirectory() as folder:
-        make_inputs(Path(folder), case, body)
+        make_inputs(Path(folder), case)
         context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
         for run in runs:
             pipes[run], theirs = context.Pipe()
@@ -189,6 +196,36 @@ def show_ratio(ours, theirs):
         print(f"    ours / TRL, {label:<19}{statistics.median(ratios):.2f}   ({min(ratios):.2f} - {max(ratios):.2f})")
 
 
+def limits(case, device):
+    """Seconds that sampling, reference and update take on paper: bytes over the rate at which this machine copies,
+    operations over that at which it multiplies matrices, in bf16 on a GPU and float32 on a CPU."""
+    import torch
+    from train import clock
+    cuda = device == "cuda"
+    dtype, size, n, where = (torch.bfloat16, 2, 8192, "cuda") if cuda else (torch.float32, 4, 2048, "cpu")
+
+    def fastest(work):
+        spans = []
+        for _ in range(10):
+            start = clock(torch.device(where))
+            work()
+            spans.append(clock(torch.device(where)) - start)
+        return min(spans)
+
+    a, b = torch.ones(2, n, n, dtype=dtype, device=where)
+    large = torch.ones(n * n * 8, dtype=dtype, device=where)
+    operations_s = 2 * n ** 3 / fastest(lambda: a @ b)
+    bytes_s = 2 * large.numel() * size / fastest(lambda: large.clone())
+    body, N, T, P = case["body"], case["B"] * case["G"], case["T"], 30
+    D, layers = body["hidden_size"], body["num_hidden_layers"]
+    kv = D // body["num_attention_heads"] * body["num_key_value_heads"]
+    weights, head = layers * (2 * D * D + 2 * D * kv + 3 * D * body["intermediate_size"]), case["V"] * D
+    cache = N * sum(P + t for t in range(T)) * layers * 2 * kv   # numbers read in all of sampling
+    forward = 2 * (weights * (N * T + case["B"] * P) + head * N * T) / operations_s
+    sample = max((T * (weights + head) + cache) * size / bytes_s, 2 * (weights + head) * N * T / operations_s)
+    return dict(sample=sample, ref=forward, update=3 * forward)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -196,23 +233,31 @@ def main():
     parser.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
     parser.add_argument("--only", default="", help="only the cases with this in their name")
     args = parser.parse_args()
-    versions = {}
+    found = {}
     for package in ("torch", "transformers", "trl"):
         try:
-            versions[package] = importlib.metadata.version(package)
+            found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    print(", ".join(f"{package} {version}" for package, version in versions.items()), "on", args.device)
+            pass
+    print(", ".join(f"{package} {version}" for package, version in found.items()), "on", args.device)
     print(f"{'medians of a step':<24}{'sample':>9}{'ref':>9}{'update':>9}{'sum, s':>9}{'tokens/s':>10}"
           f"{'tokens':>9}{'GB':>9}")
-    runs = [run_ours] + [run_trl] * (versions["trl"] != "not installed")
-    for name, case in CPU_CASES.items():
-        if args.only in name:
-            rows = measure(case, BODY, args.device, args.steps, runs)
-            for who in rows:
-                show(name, who, rows[who])
-            if "trl" in rows:
-                show_ratio(rows["ours"], rows["trl"])
+    cases, runs = CASES[args.device], [run_ours] + [run_trl] * ("trl" in found and not args.growth)
+    if args.growth:
+        fixed = cases["fixed length"]
+        cases = {f"G = {G}": {**fixed, "G": G} for G in (4, 8, 16, 32)}
+        cases |= {f"{T} new tokens": {**fixed, "T": T} for T in (64, 128, 256, 512)}
+    for name, case in cases.items():
+        if args.only not in name:
+            continue
+        rows = measure(case, args.device, args.steps, runs)
+        for who in rows:
+            show(name, who, rows[who])
+        if "trl" in rows:
+            show_ratio(rows["ours"], rows["trl"])
+        if args.device == "cuda" and case["eos"] == 0:
+            for phase, limit in limits(case, args.device).items():
+                print(f"    {phase} on paper {limit:.2f} s, {limit / median(rows['ours'], phase):.0%} of this reached")
 
 
 if __name__ == "__main__":
