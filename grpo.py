@@ -171,8 +171,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
             cache.batch_select_indices(stay)
         if len(rows) == 0 or t + 1 == max_new_tokens:
             break
-        seen = attention_mask[:, :P + t + 1]
-        logits = forward(model, token[:, None], seen, cache, logits_to_keep=1).logits[:, -1]
+        logits = forward(model, token[:, None], attention_mask[:, :P + t + 1], cache, logits_to_keep=1).logits[:, -1]
 
     model.train(was_training)
     truncated = ~torch.isin(completion_ids, eos).any(dim=1)
@@ -233,9 +232,10 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     states, targets = states[:, :-1][mask], completion_ids[mask]                # (M, D), (M,): M tokens that count
 
     size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))
-    chunks = [checkpoint(_logp_and_entropy, head, h, y, temperature, use_reentrant=False)
-              for h, y in zip(states.split(size), targets.split(size))]
-    values, entropies = (torch.cat(parts) for parts in zip(*chunks))            # (M,), (M,)
+    chunks = [(head, h, y, temperature) for h, y in zip(states.split(size), targets.split(size))]
+    chunks = [checkpoint(_logp_and_entropy, *chunk, use_reentrant=False) if len(chunks) > 1 else
+              _logp_and_entropy(*chunk) for chunk in chunks]
+    values, entropies = map(torch.cat, zip(*chunks))                            # (M,), (M,)
     zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return zeros.masked_scatter(mask, values), zeros.masked_scatter(mask, entropies)
 
