@@ -369,7 +369,7 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
     device = policy.device
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
     generator, rng = torch.Generator(device).manual_seed(config.seed), random.Random(config.seed)
     step, total, queue = 0, config.iterations * config.steps, []
 

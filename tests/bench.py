@@ -24,11 +24,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
-SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2)
+SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=2)
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
             num_key_value_heads=2, max_position_embeddings=4096)
 LARGE = 151_936   # the vocabulary of Qwen2.5
-LONGEST_PROMPT = 40
+LONGEST_PROMPT = 44   # and 20 is the shortest: half of T, and as spread as the questions of GSM8K
 CASES = {   # eos: how likely each token is the last one; micro: tokens in a micro-batch
     "cpu": {
         "fixed length": dict(body=SMALL, B=8, G=8, T=64, V=2000, eos=0.0, micro=4096),
@@ -64,7 +65,7 @@ def make_inputs(folder, case):
     model.save_pretrained(folder)
     rng, template = random.Random(0), len(tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=True, return_dict=False))
-    # prompts of 20 to 40 tokens, those of the template among them; a letter is a token
+    # a letter is a token
     lines = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(20, LONGEST_PROMPT) - template))
              for _ in range(case["B"] * 20)]
     (folder / "problems.jsonl").write_text(
@@ -85,8 +86,8 @@ def run_ours(pipe, folder, case, device, steps):
     train.main(["--model", str(folder), "--problems", str(folder / "problems.jsonl"), "--request", "",
                 "--reward", f"{__file__}:parity", "--out", str(folder / "ours"), "--device", device,
                 "--questions", str(case["B"]), "--group-size", str(case["G"]), "--max-new-tokens", str(case["T"]),
-                "--steps", str(steps), "--micro-tokens", str(case["micro"]), "--eval-limit", "1", "--eval-samples", "1",
-                "--eval-every", "0", "--show-every", "0"])
+                "--steps", str(steps), "--micro-tokens", str(case["micro"]), "--eval-limit", "1",
+                "--eval-samples", "1", "--eval-every", "0", "--show-every", "0"])
 
 
 def run_trl(pipe, folder, case, device, steps):
@@ -120,11 +121,12 @@ def run_trl(pipe, folder, case, device, steps):
     rows = [json.loads(line) for line in (folder / "problems.jsonl").read_text().splitlines()]
     prompts = [{"prompt": [{"role": "user", "content": row["question"]}]} for row in rows]
     trainer = GRPOTrainer(
-        model=str(folder), reward_funcs=parity, train_dataset=datasets.Dataset.from_list(prompts), callbacks=[Turns()],
-        args=GRPOConfig(
+        model=str(folder), reward_funcs=parity, train_dataset=datasets.Dataset.from_list(prompts),
+        callbacks=[Turns()], args=GRPOConfig(
             output_dir=str(folder / "trl"), use_cpu=cpu, bf16=not cpu, report_to="none", save_strategy="no",
-            disable_tqdm=True, logging_steps=10 ** 6, max_steps=steps, learning_rate=1e-6, beta=0.04, loss_type="grpo",
-            per_device_train_batch_size=rows_at_once, gradient_accumulation_steps=N // rows_at_once, num_generations=case["G"], max_completion_length=case["T"],
+            disable_tqdm=True, logging_steps=10 ** 6, max_steps=steps, learning_rate=1e-6, beta=0.04,
+            loss_type="grpo", num_generations=case["G"], max_completion_length=case["T"],
+            per_device_train_batch_size=rows_at_once, gradient_accumulation_steps=N // rows_at_once,
             gradient_checkpointing=False))
     trainer.model.generate = timed("generate", trainer.model.generate)
     score = trainer._get_per_token_logps_and_entropies
@@ -216,7 +218,7 @@ def limits(case, device):
     large = torch.ones(n * n * 8, dtype=dtype, device=where)
     operations_s = 2 * n ** 3 / fastest(lambda: a @ b)
     bytes_s = 2 * large.numel() * size / fastest(lambda: large.clone())
-    body, N, T, P = case["body"], case["B"] * case["G"], case["T"], 30
+    body, N, T, P = case["body"], case["B"] * case["G"], case["T"], 32   # P: the mean
     D, layers = body["hidden_size"], body["num_hidden_layers"]
     kv = D // body["num_attention_heads"] * body["num_key_value_heads"]
     weights, head = layers * (2 * D * D + 2 * D * kv + 3 * D * body["intermediate_size"]), case["V"] * D
