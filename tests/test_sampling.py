@@ -305,6 +305,18 @@ def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, pro
     assert max(sizes) <= 10 and sum(sizes) == samples.mask.sum()
 
 
+@pytest.mark.parametrize("chunk, times", [(10, 2), (1000, 1)])
+def test_logits_of_chunks_are_computed_again_instead_of_kept(monkeypatch, llama, prompts, chunk, times):
+    """With several chunks; one chunk alone is needed whole in the backward pass anyway."""
+    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    head_is_plain(llama)
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
+    sizes = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
+    rescore(llama, prompts, samples, 1.0, group_size=4)[0].sum().backward()
+    assert sum(sizes) == times * samples.mask.sum()
+
+
 def test_a_bf16_model_gives_float32_logprobs(llama, prompts):
     model = bf16_weights(copy.deepcopy(llama))
     samples = sample_groups(model, *prompts, 2, 8, EOS, PAD, generator=torch.Generator().manual_seed(0))

@@ -223,6 +223,9 @@ def test_leaving_out_what_has_no_gradient_changes_nothing(chat_folder, story_fil
                                config, 0.1, contextlib.nullcontext)
         results.append(({key: metrics[key] for key in ("loss", "clip_share", "grad_norm")},
                         torch.cat([p.detach().flatten() for p in policy.parameters()])))
+        policy, _, _ = one_batch(config, chat_folder, story_file)
+        _, entropy = train.token_logprobs(policy, *batch[:4], 1.0)   # the mean is over the rows of the update
+        assert metrics["entropy"] == pytest.approx((entropy[rows].sum() / batch.mask[rows].sum()).item(), abs=1e-5)
     assert results[0][0] == pytest.approx(results[1][0], abs=1e-6) and results[0][0]["grad_norm"] > 0.01
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=1e-6)
 
@@ -391,6 +394,22 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
         expected = torch.tensor([text.count("5") ** 0.5 for text in batch.texts])
         assert torch.equal(batch.rewards.flatten(), expected) and expected.max() > 0
         assert row["reward"] == pytest.approx(expected.mean().item())
+
+
+def test_the_seconds_of_the_reward_are_not_those_of_sampling(tmp_path):
+    (tmp_path / "slow.py").write_text("import time\ndef slow(completions, **kwargs):\n"
+                                      "    time.sleep(0.7)\n    return [1.0] * len(completions)\n")
+    train.main([*SHORT, "--steps", "1", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'slow.py'}:slow"])
+    row = rows_of(tmp_path / "run")[1]
+    assert row["t_reward"] >= 0.7 > row["t_sample"] > 0 and row["t_ref"] > 0 and row["t_update"] > 0
+
+
+def test_sample_tokens_holds_for_training_and_evaluation(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(evaluation, "sample_groups", lambda model, ids, *rest, original=evaluation.sample_groups: (
+        sizes.append(len(ids)), original(model, ids, *rest))[1])
+    train.main([*SHORT, "--steps", "1", "--sft-steps", "0", "--sample-tokens", "1", "--out", str(tmp_path / "run")])
+    assert sizes == [1] * len(sizes) and len(sizes) == 3 + 2 * 2 * 2 * 4   # questions; before/after, in/out, kinds, problems
 
 
 @pytest.mark.parametrize("name, reason", [("fussy", "ZeroDivisionError"), ("endless", "inf")])
