@@ -21,13 +21,13 @@ This file knows no text, file or option. Read it from top to bottom: the last fu
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the groups back.
-V is the size of the vocabulary. `mask` is true where a completion token counts, everywhere.
+V is the size of the vocabulary, D that of a hidden state. `mask` is true where a completion token counts.
 
 What the paper leaves open, and what we chose:
   * Algorithm 1 says to maximise "equation 21", which is a gradient coefficient; the objective is eq. 3.
   * The standard deviation is that of a sample (divisor G - 1), with 1e-4 added to it; epsilon is 0.2.
   * Log-probs are those of the distribution that was sampled from, softmax(logits / temperature).
-Comments marked PAPER say where the code departs from the paper, those marked TRAP what goes wrong silently.
+Comments marked PAPER say where the code departs from the paper, TRAP what goes wrong silently (and its test).
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from transformers.cache_utils import DynamicLayer
 STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 against 0.3)
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
-HEAD_LOGITS = 2 ** 26  # logits that exist at a time: 256 MB in float32
+HEAD_LOGITS = 2 ** 26  # logits of a chunk: 256 MB in float32, a few times that while it is worked on
 
 
 # --- 1. Grouped sampling ----------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def bf16_weights(model):
     """Turn the parameters of a model into bf16, in place; returns the model.
 
     TRAP: model.to(torch.bfloat16) also rounds the frequencies of rotary positions, which are a buffer. At
-    position 500 the angles are then off by up to 0.5 (test_rotary_frequencies_stay_float32).
+    position 500 the angles are then off by up to 0.5 radians (test_rotary_frequencies_stay_float32).
     """
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
@@ -96,17 +96,17 @@ def sample_token(logits, temperature, generator=None):
 
 
 class PreallocatedLayer(DynamicLayer):
-    """The KV cache of one layer, (n, heads, tokens, head_dim), in memory that is reserved at the start.
+    """The KV cache of one layer, (n, heads, tokens, head_dim); attention hands each new token to `update`.
 
     The library's DynamicLayer copies all it holds to append one token: a third of the sampling time on a CPU.
-    Here the token is written into its place, and of rows that stay only those that change places are copied.
+    Here memory is reserved at the start, and of rows that stay only those that change places are copied.
     """
 
     def __init__(self, layer, max_new_tokens):   # takes over the keys and values of the prompts
         super().__init__()
         self.is_initialized = True
         self.reserved = [pad(x, (0, 0, 0, max_new_tokens)) for x in (layer.keys, layer.values)]
-        self.keys, self.values = (x[:, :, :layer.get_seq_length()] for x in self.reserved)
+        self.keys, self.values = (x[:, :, :layer.get_seq_length()] for x in self.reserved)   # views
 
     def update(self, key_states, value_states, *args, **kwargs):
         start, end = self.get_seq_length(), self.get_seq_length() + key_states.shape[2]
@@ -120,7 +120,7 @@ class PreallocatedLayer(DynamicLayer):
         for x in (self.keys, self.values):
             x[moved] = x[indices[moved]]
         self.reserved = [x[:len(indices)] for x in self.reserved]
-        self.keys, self.values = (x[:, :, :self.get_seq_length()] for x in self.reserved)
+        self.keys, self.values = self.keys[:len(indices)], self.values[:len(indices)]
 
 
 @torch.no_grad()
@@ -128,8 +128,8 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
                   temperature=1.0, generator=None):
     """Sample `group_size` completions for each of B prompts, "a group of outputs" in section 4.1.
 
-    The prompts go through the model once; their keys and values (the KV cache) are then repeated G times,
-    and from there on every forward pass takes one new token a row. Rows that have ended leave the batch.
+    The prompts go through the model once. What attention keeps of them, keys and values (the KV cache), is
+    repeated G times; then each forward pass takes one new token a row. Rows that have ended leave the batch.
 
     prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion; pad_id:
     fills up rows that have ended, and may be an EOS id; temperature: 0 is greedy; generator: on the
@@ -151,7 +151,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     attention_mask = pad(prompt_mask, (0, max_new_tokens), value=1).repeat_interleave(group_size, dim=0)
     cache.batch_repeat_interleave(group_size)
     cache.layers = [PreallocatedLayer(layer, max_new_tokens) if type(layer) is DynamicLayer else layer
-                    for layer in cache.layers]   # others are sliding windows, say
+                    for layer in cache.layers]   # others, sliding windows say, stay as they are
 
     completion_ids = torch.full((N, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logp = torch.zeros(N, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
@@ -163,7 +163,7 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
         ended = [i for i, is_eos in enumerate(torch.isin(token, eos).tolist()) if is_eos]   # waits for the GPU
         if ended:
             stay = list(range(len(rows)))
-            for i in reversed(ended):   # the last row takes the place of one that has ended
+            for i in reversed(ended):   # the last row takes its place: 0 1 2 3, of which 1 ended -> 0 3 2
                 stay[i] = stay[-1]
                 stay.pop()
             stay = torch.tensor(stay, dtype=torch.long)
@@ -211,31 +211,32 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
     B, (N, T) = len(prompt_ids), completion_ids.shape
     question = torch.arange(N, device=mask.device) // (N // B) if question is None else question
-    if head_is_plain(model):   # (n, s) tokens -> body -> (n, s, D) -> head -> (n, s, V)
+    if head_is_plain(model):   # ids (n, s) -> body -> states (n, s, D) -> head -> logits (n, s, V)
         body, head = model.base_model, model.get_output_embeddings()
-    else:
+    else:                      # here the states are logits already
         body, head = (lambda **inputs: model(**inputs, logits_to_keep=T + 1)), torch.nn.Identity()
 
     # Padding behind a completion needs no masking out: causal attention never looks ahead.
     attention_mask = torch.cat([prompt_mask.long()[question], torch.ones_like(completion_ids)], dim=1)   # (N, P + T)
     # TRAP: activation checkpointing drops the cache (test_activation_checkpointing_changes_nothing).
     no_cache = model.training and any(getattr(part, "gradient_checkpointing", False) for part in model.modules())
-    if B == N or no_cache:
+    if B == N or no_cache:   # no prompt is shared, or there is no way to share it
         whole = torch.cat([prompt_ids[question], completion_ids], dim=1)
         states = forward(body, whole, attention_mask, use_cache=False)[0][:, -T - 1:]
-    else:   # as in sampling: the prompts once, the completions behind their keys and values
+    else:   # as in sampling: the prompts once, the completions behind their keys and values, which carry gradients
         out = forward(body, prompt_ids, prompt_mask)
         out.past_key_values.batch_select_indices(question)
         behind = forward(body, completion_ids, attention_mask, out.past_key_values)[0]
         states = torch.cat([out[0][question, -1:], behind], dim=1)
-    # (N, T + 1, D): from the last token of the prompt to that of the completion. Each predicts the next one.
+    # (N, T + 1, D): from the last token of the prompt to the last of the completion. Each state predicts the next
+    # token, so the last one has nothing to predict.
     states, targets = states[:, :-1][mask], completion_ids[mask]                # (M, D), (M,): M tokens that count
 
-    size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))
-    chunks = [(head, h, y, temperature) for h, y in zip(states.split(size), targets.split(size))]
-    chunks = [checkpoint(_logp_and_entropy, *chunk, use_reentrant=False) if len(chunks) > 1 else
-              _logp_and_entropy(*chunk) for chunk in chunks]
-    values, entropies = map(torch.cat, zip(*chunks))                            # (M,), (M,)
+    size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))      # tokens of a chunk
+    jobs = [(head, h, y, temperature) for h, y in zip(states.split(size), targets.split(size))]
+    done = [checkpoint(_logp_and_entropy, *job, use_reentrant=False) if len(jobs) > 1 else _logp_and_entropy(*job)
+            for job in jobs]   # checkpoint keeps no logits, and computes them again in the backward pass
+    values, entropies = map(torch.cat, zip(*done))                              # (M,), (M,)
     zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return zeros.masked_scatter(mask, values), zeros.masked_scatter(mask, entropies)
 
@@ -246,7 +247,7 @@ def _logp_and_entropy(head, states, targets, temperature):
     # (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
-    entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # mul_: a new tensor would take longer
+    entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # - sum p log p; mul_ saves an (m, V)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
 
@@ -274,9 +275,9 @@ def head_is_plain(model):
 def outcome_advantages(rewards, scale="std"):
     """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
 
-    rewards (B, G) -> advantages (B, G); every token of a completion gets the same one. This group mean
-    stands in for the value model of PPO, a second network that predicts the reward. scale="none" leaves
-    the division out, so that easy and hard questions are not blown up (Dr. GRPO, arXiv 2503.20783).
+    rewards (B, G) -> advantages (B, G), one for all tokens of a completion. This group mean stands in for
+    the value model of PPO, a second network that predicts the reward. scale="none" leaves the division out,
+    so that nearly solved and nearly hopeless questions do not weigh more (Dr. GRPO, arXiv 2503.20783).
     Raises ValueError for another scale, or a group of one, which has nothing to be compared with.
 
     [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]   (less 0.02%, for the added 1e-4)
@@ -332,13 +333,13 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
 
 
 def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
-    """What the sum over all completions is divided by, as a float. mask: (N, T). See `grpo_loss`.
+    """What `grpo_loss` divides its sum over all rows by, as a float; mask: (N, T).
 
     Rows without any token (taken out of the loss by the caller) do not count. At least 1.
     Raises ValueError for an unknown aggregate, or "constant" without max_completion_tokens.
     """
     rows = mask.any(dim=1).sum().item()
-    if aggregate == "sequence":      # the paper: 1/G * sum_i 1/|o_i| * sum_t
+    if aggregate == "sequence":      # eq. 3: 1/G * sum_i 1/|o_i| * sum_t, and then the mean over B questions
         return float(max(rows, 1))
     if aggregate == "token":         # DAPO, arXiv 2503.14476: every token weighs the same
         return float(max(mask.sum().item(), 1))
@@ -381,7 +382,9 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
         raise ValueError(f"shapes do not fit: logp {tuple(logp.shape)}, mask {tuple(mask.shape)}, "
                          f"advantages {tuple(advantages.shape)}")
     objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)   # (N, T)
-    diagnostics = {}
+    ratio = (logp - logp_old).detach().exp()
+    too_far = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
+    diagnostics = {"clip_share": masked_mean(too_far.to(logp.dtype), mask)}
     if logp_ref is not None:
         kl = kl_estimate(logp, logp_ref)                                        # (N, T)
         diagnostics["kl"] = masked_mean(kl.detach(), mask)
@@ -393,8 +396,4 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     if aggregate == "sequence":
         per_completion = per_completion / mask.sum(dim=1).clamp(min=1)          # times 1/|o_i|
     denominator = denominator or loss_denominator(mask, aggregate, max_completion_tokens)
-
-    ratio = (logp - logp_old).detach().exp()
-    too_far = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    diagnostics["clip_share"] = masked_mean(too_far.to(logp.dtype), mask)
     return -per_completion.sum() / denominator, diagnostics

@@ -165,7 +165,7 @@ def gather_problems(config):
 # --- 3. Batches, and the supervised warm-up ---------------------------------------------------------
 
 class Batch(NamedTuple):
-    """The completions of one step, N = B * G rows, question-major."""
+    """The completions of one step, N = B * G rows, question-major. The first four fields are for `score_rows`."""
     prompt_ids: torch.Tensor       # (B, P)
     prompt_mask: torch.Tensor      # (B, P)
     completion_ids: torch.Tensor   # (N, T)
@@ -179,9 +179,9 @@ class Batch(NamedTuple):
 
 
 def micro_batches(rows, prompt_mask, mask, limit):
-    """Cut row numbers into lists, each row in one: of one row, or of at most `limit` tokens with padding.
+    """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
 
-    Sorted by length, so that long rows are among themselves and few tokens are padding. A prompt counts once.
+    Sorted by length, so that little is padding. A prompt counts once (activation checkpointing repeats it).
     """
     G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
@@ -195,9 +195,9 @@ def micro_batches(rows, prompt_mask, mask, limit):
 
 
 def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """logp, entropy and mask of n of the rows, (n, t): each prompt once, and no padding column that none needs."""
-    rows = torch.tensor(rows, device=mask.device)
-    prompts, question = torch.unique(rows // (len(mask) // len(prompt_mask)), return_inverse=True)
+    """logp, entropy and mask, each (n, t), of n rows. Prompts go through once, columns of padding alone do not."""
+    rows, G = torch.tensor(rows, device=mask.device), len(mask) // len(prompt_mask)
+    prompts, question = torch.unique(rows // G, return_inverse=True)   # prompts[question] is rows // G
     p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
     mask = mask[rows, :t]
     return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
@@ -271,7 +271,7 @@ def score_texts(reward, problems, texts):
     except Exception as error:   # a user's function may fail in any way
         for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # of which completion?
             score_texts(reward, [problem], [text])
-        one = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of any one completion"
+        one = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of one completion"
         raise InputError(f"--reward: {error!r}; {one}")
 
 
@@ -291,8 +291,8 @@ def sample_and_score(sampler, tokenizer, problems, config, generator):
 
 
 def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns means: of gap and entropy over the cuts' tokens, in the first pass;
-    of kl and clip_share over the tokens in the loss, in all passes; of loss and grad_norm over the passes.
+    """mu optimizer steps on one batch. Returns means: of gap and entropy over the tokens of `cuts`, first pass only;
+    of kl and clip_share over the tokens in the loss, all passes; of loss and grad_norm over the passes.
 
     cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
     the weights are still those that sampled, so its log-probs are logp_old, and later passes reuse them.
@@ -302,7 +302,7 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
     tokens, tokens_in_loss = batch.mask[sum(cuts, [])].sum().item(), max(1, in_loss.sum().item())
     means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
     logp_old = [None] * len(cuts)
-    policy.train()   # activation checkpointing works only in train(); every dropout is 0
+    policy.train()   # activation checkpointing works only in train(); load_model has set every dropout to 0
     for pass_number in range(config.mu):
         for i, rows in enumerate(tqdm(cuts, desc="update", delay=5, leave=False)):
             with autocast():
@@ -409,8 +409,8 @@ def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, su
             renew_sampler()
             batch = sample_and_score(sampler, tokenizer, questions, config, generator)
             sampled = clock(device)
-            # what pi_ref says of them
-            # (without a KL term a completion of advantage 0 has no gradient, and is left out)
+            # what pi_ref says of them. (Without a KL term a completion of advantage 0 has no gradient, and is
+            # left out; one stays, so that the optimizer makes its step.)
             rows = [i for i, a in enumerate(batch.advantages.tolist()) if a or config.kl_beta] or [0]
             cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
             with torch.no_grad():

@@ -29,7 +29,7 @@ SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_at
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
             num_key_value_heads=2, max_position_embeddings=4096)
 LARGE = 151_936   # the vocabulary of Qwen2.5
-LONGEST_PROMPT = 44   # and 20 is the shortest: half of T, and as spread as the questions of GSM8K
+LONGEST_PROMPT = 44   # and 20 is the shortest: 32 on average, as spread as the questions of GSM8K
 CASES = {   # eos: how likely each token is the last one; micro: tokens in a micro-batch
     "cpu": {
         "fixed length": dict(body=SMALL, B=8, G=8, T=64, V=2000, eos=0.0, micro=4096),
@@ -109,8 +109,7 @@ def run_trl(pipe, folder, case, device, steps):
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            t.update(start=0.0, scored=0.0, ref=0.0, generate=0.0)
-            t["start"] = clock(trainer.model.device)
+            t.update(start=clock(trainer.model.device), scored=0.0, ref=0.0, generate=0.0)
 
         def on_step_end(self, *args, **kwargs):
             whole = clock(trainer.model.device) - t["start"]
@@ -189,10 +188,10 @@ def show(name, who, rows):
 
 
 def show_ratio(ours, theirs):
-    """Ratios of each pair of steps: median (smallest - largest). Time is that of a step for the same tokens."""
+    """Ratios of each pair of steps: median (smallest - largest). Time is that of a step per completion token."""
     pairs = list(zip(ours, theirs))
     for label, ratios in (
-            ("time", [seconds(a) / a["tokens"] / (seconds(b) / b["tokens"]) for a, b in pairs]),
+            ("time per token", [seconds(a) / a["tokens"] / (seconds(b) / b["tokens"]) for a, b in pairs]),
             ("sampling, tokens/s", [a["tokens"] / a["generate"] / (b["tokens"] / b["generate"]) for a, b in pairs]),
             ("memory", [ours[-1]["memory"] / theirs[-1]["memory"]])):
         print(f"    ours / TRL, {label:<19}{statistics.median(ratios):.2f}   ({min(ratios):.2f} - {max(ratios):.2f})")
@@ -221,6 +220,7 @@ def limits(case, device):
     body, N, T, P = case["body"], case["B"] * case["G"], case["T"], 32   # P: the mean
     D, layers = body["hidden_size"], body["num_hidden_layers"]
     kv = D // body["num_attention_heads"] * body["num_key_value_heads"]
+    # q and o, k and v, three matrices of the MLP; the backward pass counts as two forward passes
     weights, head = layers * (2 * D * D + 2 * D * kv + 3 * D * body["intermediate_size"]), case["V"] * D
     cache = N * sum(P + t for t in range(T)) * layers * 2 * kv   # numbers read in all of sampling
     forward = 2 * (weights * (N * T + case["B"] * P) + head * N * T) / operations_s
