@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from grpo import Samples, bf16_weights, head_is_plain, sample_groups, token_logprobs
 from reward import MATH_REQUEST, accuracy_reward, extract_answer, final_answer, is_equivalent
 
-SAMPLE_TOKENS = 2 ** 18   # tokens of KV cache, prompts and completions, that a model samples at a time
+SAMPLE_TOKENS = 2 ** 18   # tokens in the KV cache while sampling, in at most 1,024 rows: logits need room, too
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
@@ -165,13 +165,13 @@ def load_model(name, device):
         raise InputError(f"--model {name}: its tokenizer is missing, or has no EOS token to end a completion")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
     model = model.to(device).eval()
-    # Does it fit our sampler? Sample groups that end early, score them again: the two must agree.
+    # Does it fit our sampler? Sample groups that end early, score them again without a cache: the two must agree.
     ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
     try:
         eos_token_ids(model, tokenizer)   # a chat template may fail, too
         samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)
         with torch.no_grad():
-            logp, _ = token_logprobs(model, ids, ids > 0, samples.completion_ids, samples.mask, 1.0)
+            logp, _ = token_logprobs(model, *(x.repeat_interleave(2, 0) for x in (ids, ids > 0)), *samples[:2], 1.0)
         reason = f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}"
         fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
     except Exception as error:   # an unknown architecture may fail in any way
@@ -238,7 +238,7 @@ def sample_problems(model, tokenizer, problems, request, group_size, max_new_tok
     """Sample a group for each of B problems. Returns prompt ids and mask (B, P), `Samples`, and N texts."""
     prompt_ids, prompt_mask = encode_prompts(tokenizer, problems, request, model.device)
     eos_ids, pad_id = eos_token_ids(model, tokenizer), tokenizer.pad_token_id
-    at_once = max(1, sample_tokens // (group_size * (prompt_ids.shape[1] + max_new_tokens)))   # groups
+    at_once = max(1, min(1024, sample_tokens // (prompt_ids.shape[1] + max_new_tokens)) // group_size)
     batches = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
     parts = [sample_groups(model, *batch, group_size, max_new_tokens, eos_ids, pad_id, temperature, generator)
              for batch in tqdm(batches, desc="sampling", delay=5, leave=False)]
@@ -280,16 +280,15 @@ def last_number(text):
 
 def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
-    """Accuracy, greedy and of K = `samples` samples each.
+    """Accuracy, greedy and of K = `samples` samples each, which are the same draws before and after training.
 
     Returns scores: n; greedy, sampled (mean of K), maj@K and pass@K, each with its interval; shares of
     flexible (last number right), truncated, unparsable. And records: kind -> a dict per completion, in order.
     """
     scores, records = {"n": len(problems)}, {}
     for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
-        generator = torch.Generator(model.device).manual_seed(seed)   # the same draws before and after
-        *_, drawn, texts = sample_problems(model, tokenizer, problems, request, K, max_new_tokens, T, generator,
-                                           sample_tokens)
+        *_, drawn, texts = sample_problems(model, tokenizer, problems, request, K, max_new_tokens, T,
+                                           torch.Generator(model.device).manual_seed(seed), sample_tokens)
         graded = records.setdefault(kind, [])
         for i, text in enumerate(texts):
             (question, gold, _), answer = problems[i // K], extract_answer(text)
@@ -350,6 +349,7 @@ def main(argv):
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
     add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: 512)")
     add("--request", help="what follows each question, as in training (default: as usual for the problems)")
+    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
     add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
@@ -367,7 +367,7 @@ def main(argv):
     check_room(model, tokenizer, problems, request, args.max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
     scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, request,
-                               args.max_new_tokens, args.samples, args.temperature, args.seed)
+                               args.max_new_tokens, args.samples, args.temperature, args.seed, args.sample_tokens)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict in ("right", "wrong", "unparsable"):
         for row in [row for rows in records.values() for row in rows if row["verdict"] == verdict][:1]:

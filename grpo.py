@@ -91,7 +91,7 @@ def sample_token(logits, temperature, generator=None):
         # number a row: torch.multinomial draws one for each of the V tokens, 5 to 20 times as slow on a CPU.
         cdf = p.cumsum(dim=-1)
         u = cdf[:, -1:] * (1 - torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device))
-        token = torch.searchsorted(cdf, u)
+        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)   # it would be V where p is nan
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
@@ -149,9 +149,10 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     # G rows for each prompt. repeat_interleave is [q0, q0, q1, q1]: question-major.
     logits, cache = out.logits[:, -1].repeat_interleave(group_size, dim=0), out.past_key_values       # (N, V)
     attention_mask = pad(prompt_mask, (0, max_new_tokens), value=1).repeat_interleave(group_size, dim=0)
-    cache.batch_repeat_interleave(group_size)
-    cache.layers = [PreallocatedLayer(layer, max_new_tokens) if type(layer) is DynamicLayer else layer
-                    for layer in cache.layers]   # others, sliding windows say, stay as they are
+    for i, layer in enumerate(cache.layers):
+        layer.batch_repeat_interleave(group_size)
+        if type(layer) is DynamicLayer:   # others, sliding windows say, stay as they are
+            cache.layers[i] = PreallocatedLayer(layer, max_new_tokens)
 
     completion_ids = torch.full((N, max_new_tokens), pad_id, dtype=torch.long, device=device)
     logp = torch.zeros(N, max_new_tokens, dtype=torch.promote_types(logits.dtype, torch.float32), device=device)
@@ -202,8 +203,8 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     Raises ValueError for a temperature that is not above 0.
 
     With V = 150,000 the logits are by far the largest tensor around. So only the tokens that count reach the
-    vocabulary head, in chunks whose logits are thrown away and computed again in the backward pass: no
-    (N, T, V) tensor exists, unless the head is not plain (below).
+    vocabulary head, and in more than one chunk the logits are thrown away and computed again in the backward
+    pass: no (N, T, V) tensor exists, unless the head is not plain (below).
     """
     # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from step 1 on
     # (test_rescored_logprobs_equal_the_samplers).

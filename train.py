@@ -72,7 +72,7 @@ class Config:
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
     weight_decay: float = opt(0.0, "of AdamW", least=0)
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
-    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass of the update", least=1)
+    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
 
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
@@ -181,14 +181,14 @@ class Batch(NamedTuple):
 def micro_batches(rows, prompt_mask, mask, limit):
     """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
 
-    Sorted by length, so that little is padding. A prompt counts once (activation checkpointing repeats it).
+    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
+    model only once. Sorted by the length of the completions, so that little of them is padding.
     """
     G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
     for row in sorted(rows, key=lambda row: t[row]):
         together = cuts[-1] + [row]   # of these `row` is the longest
-        prompts = {r // G for r in together}
-        if cuts[-1] and len(together) * t[row] + len(prompts) * max(p[q] for q in prompts) > limit:
+        if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
             cuts.append([])
         cuts[-1].append(row)
     return cuts

@@ -77,8 +77,8 @@ def run_ours(pipe, folder, case, device, steps):
     import train
 
     def report(metrics):
-        pipe.send(dict(sample=metrics["t_sample"], ref=metrics["t_ref"], update=metrics["t_update"],
-                       generate=metrics["t_sample"], tokens=round(metrics["length"] * case["B"] * case["G"]),
+        pipe.send(dict(sample=metrics["t_sample"] + metrics["t_reward"], ref=metrics["t_ref"],
+                       update=metrics["t_update"], generate=metrics["t_sample"], tokens=round(metrics["length"] * case["B"] * case["G"]),
                        memory=metrics["mem_gb"]))
         pipe.recv()
 
@@ -151,7 +151,8 @@ def measure(case, device, steps, runs):
         context, pipes, processes = multiprocessing.get_context("spawn"), {}, []
         for run in runs:
             pipes[run], theirs = context.Pipe()
-            processes.append(context.Process(target=quietly, args=(run, theirs, Path(folder), case, device, steps + 1)))
+            processes.append(context.Process(target=quietly, daemon=True, args=(
+                run, theirs, Path(folder), case, device, steps + 1)))
             processes[-1].start()
             theirs.close()
             pipes[run].recv()   # the first step warms up, and is not counted

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 
 import eval as evaluation
+import grpo
 from eval import (InputError, Problem, arithmetic, build_prompt, encode_prompts, eos_token_ids, evaluate, fetch,
                   interval, last_number, load_model, load_problems, majority, pick_device, read_problems)
 from helpers import CHAT_TEMPLATE, make_chat_model, tiny_model
@@ -216,6 +217,16 @@ def test_architectures_that_cannot_be_sampled_are_refused(tmp_path, chat_folder,
     AutoTokenizer.from_pretrained(chat_folder).save_pretrained(tmp_path)
     with pytest.raises(InputError, match="does not fit"):
         load_model(str(tmp_path), CPU)
+
+
+def test_the_sampler_is_checked_against_a_pass_without_a_cache(chat_folder, monkeypatch):
+    """A model that forgets its padding behind a cache agrees with itself; only the other way gives it away."""
+    def forgetful(model, ids, attention_mask, cache=None, original=grpo.forward, **options):
+        return original(model, ids, torch.ones_like(attention_mask) if cache else attention_mask, cache, **options)
+
+    monkeypatch.setattr(grpo, "forward", forgetful)
+    with pytest.raises(InputError, match="with and without KV cache differ"):
+        load_model(str(chat_folder), CPU)
 
 
 def test_scaled_heads_are_announced(tmp_path, chat_folder, capsys):

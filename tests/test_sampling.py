@@ -213,6 +213,7 @@ def test_impossible_tokens_are_never_drawn():
     """Drawing goes by the running sum of p, which must not stop at a token of p = 0, whatever the random number."""
     logits = torch.full((1, 50), -torch.inf)
     logits[0, [7, 8, 30]] = torch.tensor([0.0, 1.0, 2.0])
+    assert grpo.sample_token(logits * torch.nan, 1.0)[1].isnan().all()   # an error later on, not an index out of range
     token, logp = grpo.sample_token(logits.expand(20_000, -1), 1.0, torch.Generator().manual_seed(0))
     assert set(token.tolist()) == {7, 8, 30} and logp.isfinite().all()
     for u, expected in ((0.0, 30), (1 - 2 ** -24, 7)):   # the ends of what torch.rand gives
@@ -234,9 +235,11 @@ def scored(model, prompts, samples, question, shared):
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 12])
-def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, prompts, max_new_tokens):
+def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, max_new_tokens):
     """Value and gradient; groups cut in any way, in any order. Only GPT-2 computes all of it in float64 if asked."""
     model, tolerance = (any_model.double(), 1e-9) if any_model.config.model_type == "gpt2" else (any_model, 1e-5)
+    ids = torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(0))   # longer than Gemma's window
+    prompts = ids, (torch.arange(12) >= torch.tensor([[0], [5], [10]])).long()
     samples = sample_groups(model, *prompts, 4, max_new_tokens, EOS, PAD, generator=torch.Generator().manual_seed(0))
     rows = torch.tensor([9, 0, 5, 1, 8, 4, 2])
     for question, part in ((None, samples), (rows // 4, type(samples)(*(x[rows] for x in samples)))):
