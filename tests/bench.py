@@ -65,7 +65,7 @@ def make_inputs(folder, case):
     model.save_pretrained(folder)
     rng, template = random.Random(0), len(tokenizer.apply_chat_template(
         [{"role": "user", "content": ""}], add_generation_prompt=True, tokenize=True, return_dict=False))
-    # a letter is a token
+    # prompts of random letters, each of which is a token, behind those of the chat template
     lines = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(20, LONGEST_PROMPT) - template))
              for _ in range(case["B"] * 20)]
     (folder / "problems.jsonl").write_text(
@@ -78,8 +78,8 @@ def run_ours(pipe, folder, case, device, steps):
 
     def report(metrics):
         pipe.send(dict(sample=metrics["t_sample"] + metrics["t_reward"], ref=metrics["t_ref"],
-                       update=metrics["t_update"], generate=metrics["t_sample"], tokens=round(metrics["length"] * case["B"] * case["G"]),
-                       memory=metrics["mem_gb"]))
+                       update=metrics["t_update"], generate=metrics["t_sample"], memory=metrics["mem_gb"],
+                       tokens=round(metrics["length"] * case["B"] * case["G"])))
         pipe.recv()
 
     train.print_metrics = report
@@ -173,7 +173,7 @@ def quietly(run, *args):
     run(*args)
 
 
-def seconds(row):
+def seconds(row):   # of the whole step
     return row["sample"] + row["ref"] + row["update"]
 
 
@@ -183,7 +183,8 @@ def median(rows, key):
 
 def show(name, who, rows):
     """One line of the table: medians over the steps."""
-    print(f"{name:<18}{who:<6}" + "".join(f"{median(rows, key):>9.2f}" for key in ("sample", "ref", "update", seconds))
+    phases = [median(rows, key) for key in ("sample", "ref", "update", seconds)]
+    print(f"{name:<18}{who:<6}" + "".join(f"{phase:>9.2f}" for phase in phases)
           + f"{median(rows, lambda row: row['tokens'] / row['generate']):>10,.0f}"
           + f"{median(rows, 'tokens'):>9,.0f}{rows[-1]['memory']:>9.2f}", flush=True)
 
@@ -260,7 +261,8 @@ def main():
             show_ratio(rows["ours"], rows["trl"])
         if args.device == "cuda" and case["eos"] == 0:
             for phase, limit in limits(case, args.device).items():
-                print(f"    {phase} on paper {limit:.2f} s, {limit / median(rows['ours'], phase):.0%} of this reached")
+                reached = limit / median(rows["ours"], phase)
+                print(f"    {phase}: {limit:.2f} s on paper, ours reaches {reached:.0%} of that speed")
 
 
 if __name__ == "__main__":
