@@ -220,6 +220,9 @@ def test_impossible_tokens_are_never_drawn():
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, u))
             assert grpo.sample_token(logits, 1.0)[0].tolist() == [expected]
+            rounded = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))   # sums a little off 1
+            rounded[:, -1] = -torch.inf
+            assert grpo.sample_token(rounded, 1.0)[1].isfinite().all()
 
 
 # --- Prompts once a group ---------------------------------------------------------------------------
