@@ -148,7 +148,8 @@ def test_score_rows_lets_no_needless_padding_through(chat_folder, story_file):
     """What a model gets to see is as wide as the longest of the rows, and each prompt is among it once."""
     policy, _, batch = one_batch(Config(group_size=4, max_new_tokens=12, request=""), chat_folder, story_file)
     batch.mask[:, 9:] = False
-    shapes = []
+    pad = lambda x: torch.nn.functional.pad(x, (3, 0))   # as if there were a longer prompt
+    batch, shapes = batch._replace(prompt_ids=pad(batch.prompt_ids), prompt_mask=pad(batch.prompt_mask)), []
     policy.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True)
     logp, _, mask = train.score_rows(policy, [1, 2, 7], *batch[:4], 1.0)
