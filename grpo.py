@@ -396,5 +396,5 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     per_completion = objective.sum(dim=1)                                       # (N,) the sum over t
     if aggregate == "sequence":
         per_completion = per_completion / mask.sum(dim=1).clamp(min=1)          # times 1/|o_i|
-    denominator = denominator or loss_denominator(mask, aggregate, max_completion_tokens)
+    denominator = loss_denominator(mask, aggregate, max_completion_tokens) if denominator is None else denominator
     return -per_completion.sum() / denominator, diagnostics

@@ -75,7 +75,8 @@ def extract_answer(completion):
 
 _CHARACTERS = str.maketrans({
     **{0xFEE0 + code: code for code in range(0x21, 0x7F)},   # fullwidth forms
-    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "∈": "=", "²": "^2", "³": "^3", "。": ".",
+    "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "∈": "=",
+    "²": "^2", "³": "^3", "。": ".",
     "π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "±": r"\pm ", **dict.fromkeys("$＄£€¥￥~", " ")})
 _MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x = S
     "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf boldsymbol , ; :", "*": "times cdot",

@@ -271,8 +271,8 @@ def score_texts(reward, problems, texts):
     except Exception as error:   # a user's function may fail in any way
         for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # of which completion?
             score_texts(reward, [problem], [text])
-        one = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of any one completion"
-        raise InputError(f"--reward: {error!r}; {one}")
+        of = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of any one completion"
+        raise InputError(f"--reward: {error!r}; {of}")
 
 
 def sample_and_score(sampler, tokenizer, problems, config, generator):

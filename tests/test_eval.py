@@ -344,6 +344,15 @@ def test_as_many_groups_at_a_time_as_the_kv_cache_may_hold(sample_tokens, batche
     torch.testing.assert_close(logp, samples.logp, rtol=0, atol=1e-4)
 
 
+def test_no_more_than_1024_rows_at_a_time(chat_folder, story_file, monkeypatch):
+    """Whatever the KV cache may hold: each row has V logits."""
+    (model, tokenizer), sizes, original = load_model(str(chat_folder), CPU), [], evaluation.sample_groups
+    monkeypatch.setattr(evaluation, "sample_groups", lambda model, ids, *rest: (
+        sizes.append(len(ids)), original(model, ids, *rest))[1])
+    evaluation.sample_problems(model, tokenizer, read_problems(story_file)[:5], "", 500, 1, 1.0, None, 10 ** 9)
+    assert sizes == [2, 2, 1]
+
+
 def test_evaluation_repeats_itself(chat_folder, story_file):
     model, tokenizer = load_model(str(chat_folder), CPU)
     first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4) for _ in "ab")
