@@ -13,8 +13,10 @@ import json
 import math
 import random
 import re
+import socket
 import sys
 import time
+from http.client import HTTPException
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
@@ -22,26 +24,22 @@ from typing import NamedTuple
 import torch
 import transformers
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from grpo import Samples, bf16_weights, head_is_plain, sample_groups, token_logprobs
-from reward import MATH_REQUEST, accuracy_reward, extract_answer, final_answer, is_equivalent
+from reward import (MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent,
+                    last_number, majority)
 
 SAMPLE_TOKENS = 2 ** 18   # tokens in the KV cache while sampling, in at most 1,024 rows: logits need room, too
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
 
-
-class InputError(Exception):
-    """Something that the user can mend; the text says what and how. `run_cli` prints it as one line."""
-
-
 # --- 1. Problems ------------------------------------------------------------------------------------
-
 class Problem(NamedTuple):
     question: str
     answer: str          # the gold answer, compared by reward.is_equivalent
     solution: str = ""   # worked text for the supervised warm-up (built-in ones are often wrong); or ""
-
+    request: str = ""    # what follows the question in the prompt
+    line: int = 0        # in its file
 
 LARGEST_TOTAL = 12       # the true running totals of the built-in problems stay within 0 ... 12
 ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
@@ -50,11 +48,20 @@ ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
     "in": ((4, 5), 1_000, True),        # in domain: held out, as long as in training
     "out": ((6,), 1_000, True),         # out of domain: a length that is in the corpus, never in RL
 }
-GSM8K_URL = ("https://raw.githubusercontent.com/openai/grade-school-math/"
-             "3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/{}.jsonl")
-GSM8K_SHA256 = {"train": "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
-                "test": "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"}
-
+GITHUB, LFS = "https://raw.githubusercontent.com/", "https://media.githubusercontent.com/media/"
+GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
+MATH = LFS + "openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/"
+CHINESE = GITHUB + "deepseek-ai/DeepSeek-Math/b8b0f8ce093d80bf8e9a641e44142f06d092c305/evaluation/datasets/"
+DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chinese request
+    "gsm8k train": (GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
+    "gsm8k test": (GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
+    "math train": (MATH + "train.jsonl", "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
+    "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+    "math500 test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
+    "cmath test": (CHINESE + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
+    "mgsm_zh test": (CHINESE + "mgsm_zh/mgsm_zh.jsonl",
+                     "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
+CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
 
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
@@ -81,61 +88,67 @@ def arithmetic(split):
         problems.append(Problem(question, str(sum(numbers)), f"{solution}\\boxed{{{total}}}"))
     return problems
 
-
 def fetch(url, sha256, name):
     """Path of a file in the user's cache directory, downloaded on first use. Raises InputError."""
     path = Path(torch.hub.get_dir()) / "minimal-grpo" / name   # below ~/.cache
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():   # this writes a temporary file, checks it, and only then gives it the name
+        if not path.exists():   # this writes a file of another name, checks it, and only then gives it the name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)   # seconds; else a server that falls silent would hold us for ever
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise InputError(f"{path} has changed: its SHA-256 is not {sha256}; delete it and try again")
-    except (OSError, RuntimeError) as error:   # RuntimeError: what came has the wrong checksum
+            raise RuntimeError(f"the file that is there has not the SHA-256 {sha256}")
+    except (OSError, RuntimeError, HTTPException) as error:   # RuntimeError: a wrong checksum
         raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand")
     return path
 
-
 def read_problems(path):
     """Problems of a file of JSON lines: question (or problem), answer ("2", or "work #### 2"). Or InputError."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read: {error}")
-    problems = []
-    for number, line in ((n, line) for n, line in enumerate(lines, start=1) if line.strip()):
+    problems, unpaid = [], []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         try:
-            row, wrong = dict(json.loads(line)), "no question"
-        except (ValueError, TypeError) as error:
-            row, wrong = {}, f"not a JSON object ({getattr(error, 'msg', error)})"
-        question, gold = str(row.get("question") or row.get("problem") or ""), final_answer(row.get("answer"))
-        if not question.strip():
-            raise InputError(f'{path}, line {number}: {wrong}; want {{"question": "1+1?", "answer": "2"}}')
+            if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
+                continue
+            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)   # a dict would lose doubles
+            row = dict(pairs)
+            # In the published sets the question may also be messages[0].content, the answer "golden".
+            question = row.get("question") or row.get("problem") or dict(row.get("messages", [{}])[0]).get("content")
+            answer = row.get("answer", row.get("golden"))
+            if len(row) < len(pairs):
+                raise ValueError("a key that stands there twice")
+            if not isinstance(question, str) or not question.strip() or isinstance(answer, (bool, list)):
+                raise ValueError("no question" if not question else "question or answer of another kind")
+            f"{question}{answer}".encode()   # half a character, "\\ud83d", is an error here
+        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+            raise InputError(f'{path}, line {number}: want {{"question": "1+1?", "answer": "2"}}, found: {error}')
         # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer as we ask for it.
-        work = re.sub(r"<<[^<>]*>>", "", str(row.get("answer")).rpartition("#### ")[0])
-        problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else ""))
-    unpaid = sum(not is_equivalent(problem.answer, problem.answer) for problem in problems)
-    if unpaid == len(problems):
+        gold, work = final_answer(answer), re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
+        problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else "", line=number))
+        if not is_equivalent(gold, gold):
+            unpaid.append(number)
+    if len(unpaid) == len(problems):
         raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
     if unpaid:
-        print(f"{path}: no reward for {unpaid} of {len(problems)} questions: no answer, or over 300 characters")
+        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions, as in lines {unpaid[:9]}: "
+              "no answer, or over 300 characters")
     return problems
 
-
-def load_problems(name, split):
-    """The problems of a split of arithmetic or gsm8k, or all of a JSON-lines file. Raises InputError."""
-    if name == "arithmetic" and split in ARITHMETIC_SPLITS:
-        return arithmetic(split)
-    if name == "gsm8k" and split in GSM8K_SHA256:
-        return read_problems(fetch(GSM8K_URL.format(split), GSM8K_SHA256[split], f"gsm8k-{split}.jsonl"))
-    if name not in ("arithmetic", "gsm8k") and Path(name).is_file():
-        return read_problems(name)
-    raise InputError(f"no problems {name} ({split}): take arithmetic ({', '.join(ARITHMETIC_SPLITS)}), "
-                     f"gsm8k ({', '.join(GSM8K_SHA256)}) or the path of a JSON-lines file")
-
+def load_problems(name, split, request=None):
+    """The problems of a split of a known set, or all of a file; request: None for the usual one. Or InputError."""
+    known = [f"arithmetic {split}" for split in ARITHMETIC_SPLITS] + list(DOWNLOADS)
+    if f"{name} {split}" in DOWNLOADS:
+        problems = read_problems(fetch(*DOWNLOADS[f"{name} {split}"], f"{name}-{split}.jsonl"))
+    elif f"{name} {split}" in known:
+        problems = arithmetic(split)
+    elif Path(name).is_file() and name not in " ".join(known).split():
+        problems = read_problems(name)
+    else:
+        raise InputError(f"no problems {name} {split}: take {', '.join(known)} or the path of a JSON-lines file")
+    if request is None:
+        request = {"arithmetic": "", "cmath": CHINESE_REQUEST, "mgsm_zh": CHINESE_REQUEST}.get(name, MATH_REQUEST)
+    return [problem._replace(request=request) for problem in problems]
 
 # --- 2. Models and prompts --------------------------------------------------------------------------
-
 def pick_device(name):
     """(torch.device, whether to use bf16 on it) for "auto", "cpu" or "cuda". Raises InputError."""
     cuda = torch.cuda.is_available()
@@ -147,10 +160,10 @@ def pick_device(name):
     print("weights for sampling in bf16" if bf16 else "this GPU is older than sm80: float32 everywhere")
     return torch.device("cuda"), bf16
 
-
 def load_model(name, device):
     """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
     try:
+        wrong = "no folder or hub name to load"
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
@@ -158,36 +171,46 @@ def load_model(name, device):
                 if isinstance(value, float) and ("drop" in key or "jitter" in key):
                     setattr(part, key, 0.0)
         # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=torch.float32)
-    except Exception as error:   # a broken folder may fail in any way
-        raise InputError(f"--model {name}: no folder or hub name to load: {repr(error).splitlines()[0]}")
-    if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
-        raise InputError(f"--model {name}: its tokenizer is missing, or has no EOS token to end a completion")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
-    model = model.to(device).eval()
-    # Does it fit our sampler? Sample groups that end early, score them again without a cache: the two must agree.
-    ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
-    try:
-        eos_token_ids(model, tokenizer)   # a chat template may fail, too
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True)
+        sizes = len(tokenizer.get_vocab()), len(model.get_input_embeddings().weight)
+        for wrong, found in (
+                ("its tokenizer is missing, or has no EOS token to end a completion",
+                 tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids),
+                ("its tokenizer has more tokens than the model", sizes if sizes[0] > sizes[1] else None),
+                ("weights are missing; was it saved as a causal language model?", sorted(info["missing_keys"])[:1])):
+            if found:
+                raise ValueError(found)
+        wrong = "its chat template fails"
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
+        eos_token_ids(model, tokenizer), build_prompt(tokenizer, Problem("1+1?", "2"))
+        wrong = "does not fit; take a decoder with a KV cache, like Qwen"
+        # Sample groups that end early, and score them again without a cache: the two must agree.
+        model = model.to(device).eval()
+        ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
         samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)
         with torch.no_grad():
             logp, _ = token_logprobs(model, *(x.repeat_interleave(2, 0) for x in (ids, ids > 0)), *samples[:2], 1.0)
-        reason = f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}"
-        fits = torch.allclose(logp, samples.logp, rtol=0, atol=1e-2)
-    except Exception as error:   # an unknown architecture may fail in any way
-        fits, reason = False, repr(error)
-    if not fits:
-        raise InputError(f"--model {name} does not fit: {reason}; take a decoder with a KV cache, like Qwen")
+        if not torch.allclose(logp, samples.logp, rtol=0, atol=1e-2):
+            raise ValueError(f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}")
+    except Exception as error:   # a broken folder or an unknown architecture may fail in any way
+        raise InputError(f"--model {name}: {wrong} ({' '.join(repr(error).split())[:200]})")
     if not head_is_plain(model):
         print(f"{name} changes its logits behind the head: log-probs not computed in chunks, more memory")
     return model, tokenizer
 
+def save_model(model, tokenizer, folder):
+    """Write a folder for from_pretrained, without sampling settings that came along: some cannot be saved."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(eos_token_ids(model, tokenizer)), pad_token_id=tokenizer.pad_token_id)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 def eos_token_ids(model, tokenizer):
     """The set of ids that end a completion: the tokenizer's, the model's, and the template's end of turn.
 
-    TRAP: a chat model ends a turn with another token than a document. Whoever knows only one of them
-    lets every completion run to the limit (test_end_of_turn_is_an_eos).
+    TRAP: a chat model ends a turn with another token than a document. Whoever knows only one of them lets every
+    completion run to the limit (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
@@ -199,10 +222,9 @@ def eos_token_ids(model, tokenizer):
         ids |= set([i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special][:1])
     return ids - {None}
 
-
-def build_prompt(tokenizer, question, request):
+def build_prompt(tokenizer, problem):
     """The one prompt function: the token ids of question and request, up to where the answer begins."""
-    text = f"{question}\n{request}" if request else question
+    text = f"{problem.question}\n{problem.request}" if problem.request else problem.question
     if tokenizer.chat_template:
         ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
                                             tokenize=True, return_dict=False)
@@ -216,27 +238,27 @@ def build_prompt(tokenizer, question, request):
         ids = ids[1:]
     return [bos] * wanted + ids
 
+def fitting(model, tokenizer, problems, max_new_tokens):
+    """The problems whose prompts and completions fit into the model's positions. Raises InputError if none does."""
+    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - max_new_tokens
+    fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
+    limit = f"the {room} positions that --max-new-tokens {max_new_tokens} leaves of the model's"
+    if not any(fits):
+        raise InputError(f"no prompt fits into {limit}: lower it")
+    if not all(fits):
+        lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
+        print(f"skipped {len(lines)} of {len(problems)} questions, longer than {limit}, in lines {lines[:9]}")
+    return [problem for problem, fit in zip(problems, fits) if fit]
 
-def check_room(model, tokenizer, problems, request, max_new_tokens):
-    """Raises InputError if the longest prompt and a completion take more positions than the model has."""
-    room = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    longest = max(len(build_prompt(tokenizer, problem.question, request)) for problem in problems)
-    if longest + max_new_tokens > room:
-        raise InputError(f"the longest prompt takes {longest} of the model's {room} positions, "
-                         f"which leaves {max(0, room - longest)} for --max-new-tokens, not {max_new_tokens}")
-
-
-def encode_prompts(tokenizer, problems, request, device):
-    """Prompts of B problems, padded on the left so that completions start at column P: ids, mask (B, P)."""
-    ids = [build_prompt(tokenizer, problem.question, request) for problem in problems]
-    padded = tokenizer.pad({"input_ids": ids}, padding_side="left", return_attention_mask=True, return_tensors="pt")
+def pad(tokenizer, rows, side, device):
+    """Lists of token ids as tensors: ids and mask, both (n, longest). Prompts are padded on the left."""
+    padded = tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
     return padded.input_ids.to(device), padded.attention_mask.to(device)
 
-
-def sample_problems(model, tokenizer, problems, request, group_size, max_new_tokens, temperature, generator,
-                    sample_tokens=SAMPLE_TOKENS):
+def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temperature,
+                    sample_tokens=SAMPLE_TOKENS, generator=None):
     """Sample a group for each of B problems. Returns prompt ids and mask (B, P), `Samples`, and N texts."""
-    prompt_ids, prompt_mask = encode_prompts(tokenizer, problems, request, model.device)
+    prompt_ids, prompt_mask = pad(tokenizer, [build_prompt(tokenizer, p) for p in problems], "left", model.device)
     eos_ids, pad_id = eos_token_ids(model, tokenizer), tokenizer.pad_token_id
     at_once = max(1, min(1024, sample_tokens // (prompt_ids.shape[1] + max_new_tokens)) // group_size)
     batches = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
@@ -246,9 +268,7 @@ def sample_problems(model, tokenizer, problems, request, group_size, max_new_tok
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask)]
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
 
-
 # --- 3. Accuracy ------------------------------------------------------------------------------------
-
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
 
@@ -263,22 +283,7 @@ def interval(scores):
     half = z * math.sqrt(fmean((score - mean) ** 2 for score in scores) / max(1, n - 1))
     return max(0.0, mean - half), min(1.0, mean + half)
 
-
-def majority(answers, gold):
-    """maj@K of one question: 1.0 if the most frequent answer (of a tie, the first) is right, else 0.0."""
-    groups = []   # lists of equivalent answers; None, no answer, has no vote
-    for answer in (answer for answer in answers if answer is not None):
-        group = next((group for group in groups if is_equivalent(answer, group[0])), None)
-        groups.append([answer]) if group is None else group.append(answer)
-    return float(is_equivalent(max(groups, key=len, default=[""])[0], gold))
-
-
-def last_number(text):
-    """The last number in a text, marked or not, or "": what lm-evaluation-harness calls flexible-extract."""
-    return ([""] + re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:]))[-1].rstrip(",")
-
-
-def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, temperature=1.0, seed=0,
+def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
     """Accuracy, greedy and of K = `samples` samples each, which are the same draws before and after training.
 
@@ -287,11 +292,11 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
     """
     scores, records = {"n": len(problems)}, {}
     for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
-        *_, drawn, texts = sample_problems(model, tokenizer, problems, request, K, max_new_tokens, T,
-                                           torch.Generator(model.device).manual_seed(seed), sample_tokens)
+        *_, drawn, texts = sample_problems(model, tokenizer, problems, K, max_new_tokens, T, sample_tokens,
+                                           torch.Generator(model.device).manual_seed(seed))
         graded = records.setdefault(kind, [])
         for i, text in enumerate(texts):
-            (question, gold, _), answer = problems[i // K], extract_answer(text)
+            (question, gold, *_), answer = problems[i // K], extract_answer(text)
             right = accuracy_reward(text, gold)
             graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
                            "verdict": "right" if right else "unparsable" if answer is None else "wrong",
@@ -308,7 +313,6 @@ def evaluate(model, tokenizer, problems, request, max_new_tokens, samples=8, tem
             scores[f"{kind}_{share}"] = fmean(row.get(share, row["verdict"] == share) for row in graded)
     return scores, records
 
-
 def score_table(scores):
     """The scores of `evaluate` as lines of text."""
     lines = [f"n = {scores['n']:<8}accuracy  95% interval      flexible  truncated unparsable"]
@@ -318,13 +322,10 @@ def score_table(scores):
                      + "".join(f"{share:>11.1%}" for share in shares if share is not None))
     return "\n".join(lines)
 
-
 # --- 4. Command line --------------------------------------------------------------------------------
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):   # one line instead of the whole usage
         raise InputError(f"{message}; see {self.prog} --help")
-
 
 def run_cli(main):
     """Run a main function; what the user can mend becomes one line on stderr and exit status 1."""
@@ -332,18 +333,19 @@ def run_cli(main):
     sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
     try:
         main(sys.argv[1:])
-    except (InputError, OSError) as error:
+    except torch.OutOfMemoryError:
+        sys.exit("error: out of GPU memory: lower --sample-tokens or --max-new-tokens")
+    except (InputError, OSError, FloatingPointError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-
 
 def main(argv):
     parser = Parser(prog="eval.py", description="Measure how well a model solves problems.")
     add = parser.add_argument
     add("--model", required=True, help="folder (a run of train.py, say) or hub name")
-    add("--problems", required=True, help="arithmetic, gsm8k, or a JSON-lines file")
-    add("--split", help="arithmetic: in (default), out, train, sft; gsm8k: test (default), train; a file: all")
+    add("--problems", required=True, help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a JSON-lines file")
+    add("--split", help="arithmetic: in (default), out, train, sft; others: test (default), train; a file: all")
     add("--limit", type=int, default=0, help="only the first so many problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
@@ -360,21 +362,19 @@ def main(argv):
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     split = args.split or ("in" if args.problems == "arithmetic" else "test")
-    request = args.request if args.request is not None else "" if args.problems == "arithmetic" else MATH_REQUEST
-    problems = load_problems(args.problems, split)[:args.limit or None]
+    problems = load_problems(args.problems, split, args.request)[:args.limit or None]
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
-    check_room(model, tokenizer, problems, request, args.max_new_tokens)
+    problems = fitting(model, tokenizer, problems, args.max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
-    scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, request,
-                               args.max_new_tokens, args.samples, args.temperature, args.seed, args.sample_tokens)
+    scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, args.max_new_tokens,
+                               args.samples, args.temperature, args.seed, args.sample_tokens)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict in ("right", "wrong", "unparsable"):
         for row in [row for rows in records.values() for row in rows if row["verdict"] == verdict][:1]:
             print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
     out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, records=records)))
     print(f"all of it is in {out}")
-
 
 if __name__ == "__main__":
     run_cli(main)

@@ -42,16 +42,13 @@ EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
 HEAD_LOGITS = 2 ** 26  # logits of a chunk: 256 MB in float32, a few times that while it is worked on
 
-
 # --- 1. Grouped sampling ----------------------------------------------------------------------------
-
 class Samples(NamedTuple):
     """What `sample_groups` returns: N = B * group_size rows, question-major."""
     completion_ids: torch.Tensor   # (N, T) int64, padded on the right; T is max_new_tokens
     mask: torch.Tensor             # (N, T) bool, true up to and including the first EOS
     logp: torch.Tensor             # (N, T) the sampler's own log-probs, 0 where mask is false
     truncated: torch.Tensor        # (N,) bool, true for completions cut off by max_new_tokens
-
 
 def bf16_weights(model):
     """Turn the parameters of a model into bf16, in place; returns the model.
@@ -63,12 +60,10 @@ def bf16_weights(model):
         parameter.data = parameter.data.to(torch.bfloat16)
     return model
 
-
 def forward(model, ids, attention_mask, cache=None, use_cache=True, **options):
     """What a model says of s new tokens a row, ids (n, s), that follow those in the cache: its own output object.
 
     attention_mask: (n, tokens in the cache + s), false for padding on the left.
-
     TRAP: the position of a token is counted without the padding on its left, or a short prompt in a batch
     starts at position 5 or 50, and its log-probs are wrong (test_left_padding_changes_nothing).
     """
@@ -76,7 +71,6 @@ def forward(model, ids, attention_mask, cache=None, use_cache=True, **options):
     position = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1]:]
     return model(input_ids=ids, attention_mask=attention_mask, position_ids=position, past_key_values=cache,
                  use_cache=use_cache, **options)
-
 
 def sample_token(logits, temperature, generator=None):
     """Draw a token a row from p = softmax(logits / temperature): (n, V) -> ids (n,) and log p of them (n,)."""
@@ -93,7 +87,6 @@ def sample_token(logits, temperature, generator=None):
         u = cdf[:, -1:] * (1 - torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device))
         token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)   # it would be V where p is nan
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
-
 
 class PreallocatedLayer(DynamicLayer):
     """The KV cache of one layer, (n, heads, tokens, head_dim); attention hands each new token to `update`.
@@ -122,7 +115,6 @@ class PreallocatedLayer(DynamicLayer):
         self.reserved = [x[:len(indices)] for x in self.reserved]
         self.keys, self.values = self.keys[:len(indices)], self.values[:len(indices)]
 
-
 @torch.no_grad()
 def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
                   temperature=1.0, generator=None):
@@ -134,7 +126,6 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion; pad_id:
     fills up rows that have ended, and may be an EOS id; temperature: 0 is greedy; generator: on the
     model's device. Returns `Samples`. Raises ValueError for arguments that make no sense.
-
     TRAP: a library's generate() also obeys the model folder's generation_config (top_k, top_p,
     repetition_penalty), and then the samples do not come from the policy whose log-probs are trained.
     This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
@@ -178,12 +169,10 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
     truncated = ~torch.isin(completion_ids, eos).any(dim=1)
     return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp, truncated)
 
-
 def completion_mask(completion_ids, eos_ids):
     """True for the tokens of a completion that count: up to and including the first EOS. (N, T) -> bool.
 
     With EOS = 9:  [5, 6, 9, 9] -> [1, 1, 1, 0];  [5, 6, 7, 8] -> [1, 1, 1, 1];  [9, 9] -> [1, 0].
-
     TRAP: many tokenizers pad with the EOS token. A mask by value (`!= pad_id`) then hides the EOS itself,
     and the model never learns to stop. So the mask goes by position (test_eos_token_is_trained).
     """
@@ -191,9 +180,7 @@ def completion_mask(completion_ids, eos_ids):
     is_eos = torch.isin(completion_ids, eos).long()
     return is_eos.cumsum(dim=1) - is_eos == 0   # the number of EOS that stand before this token
 
-
 # --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
-
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None):
     """Log-prob of every completion token, log pi(o_t | q, o_<t), and the entropy that it was drawn with.
 
@@ -241,7 +228,6 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     zeros = torch.zeros(mask.shape, dtype=values.dtype, device=values.device)
     return zeros.masked_scatter(mask, values), zeros.masked_scatter(mask, entropies)
 
-
 def _logp_and_entropy(head, states, targets, temperature):
     logits = head(states)                                                       # (m, V)
     # TRAP: the softmax must not stay in bf16, as in sample_token; float64 stays float64
@@ -251,6 +237,29 @@ def _logp_and_entropy(head, states, targets, temperature):
     entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # - sum p log p; mul_ saves an (m, V)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
+def micro_batches(rows, prompt_mask, mask, limit):
+    """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
+
+    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
+    model only once. Sorted by the length of the completions, so that little of them is padding.
+    """
+    G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
+    cuts = [[]]
+    for row in sorted(rows, key=lambda row: t[row]):
+        together = cuts[-1] + [row]   # of these `row` is the longest
+        if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
+            cuts.append([])
+        cuts[-1].append(row)
+    return cuts
+
+def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
+    """logp, entropy and mask, each (n, t), of n rows. Prompts go through once, columns of padding alone do not."""
+    rows, G = torch.tensor(rows, device=mask.device), len(mask) // len(prompt_mask)
+    prompts, question = torch.unique(rows // G, return_inverse=True)   # prompts[question] is rows // G
+    p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
+    mask = mask[rows, :t]
+    return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
+                           mask, temperature, question), mask
 
 @torch.no_grad()
 def head_is_plain(model):
@@ -270,9 +279,7 @@ def head_is_plain(model):
         model._head_is_plain = ((logits - expected).abs().max() < 1e-3 * expected.abs().max()).item()
     return model._head_is_plain
 
-
 # --- 3. Advantages ----------------------------------------------------------------------------------
-
 def outcome_advantages(rewards, scale="std"):
     """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
 
@@ -299,9 +306,7 @@ def outcome_advantages(rewards, scale="std"):
     spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
     return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
 
-
 # --- 4. The objective -------------------------------------------------------------------------------
-
 def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
 
@@ -314,7 +319,6 @@ def kl_estimate(logp, logp_ref):
     log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio   # expm1(x) is exp(x) - 1, exact for small x
 
-
 def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
     """min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) per token, to be maximised: eq. 3.
 
@@ -323,7 +327,6 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
               ratio < 0.8    0.8 ... 1.2    ratio > 1.2
       A > 0   ratio * A      ratio * A      0              (good enough now: leave it)
       A < 0   0              ratio * A      ratio * A      (on the left, bad enough now)
-
     TRAP: it is min for both signs of A. With max for A < 0 a bad token that grew likelier gets no
     gradient (test_gradient_of_the_surrogate_by_cases).
     """
@@ -331,7 +334,6 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
     ratio = (logp - logp_old).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
     clipped_ratio = ratio.clamp(1 - clip_low, 1 + clip_high)
     return torch.min(ratio * advantages, clipped_ratio * advantages)
-
 
 def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
     """What `grpo_loss` divides its sum over all rows by, as a float; mask: (N, T).
@@ -349,11 +351,9 @@ def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
     raise ValueError('aggregate must be "sequence", "token", or "constant" with max_completion_tokens, '
                      f'not "{aggregate}"')
 
-
 def masked_mean(values, mask):
     """Mean over the tokens that count: (N, T), (N, T) -> a scalar, 0 if there are none."""
     return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
-
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_high=0.2, kl_beta=0.04,
               aggregate="sequence", max_completion_tokens=None, denominator=None):
@@ -366,7 +366,6 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     Returns (loss, diagnostics): a scalar, and means over this call's tokens as detached scalars: kl,
     and clip_share, the share of tokens whose gradient the clip took away.
     Raises ValueError if the KL term lacks its reference or the shapes do not fit.
-
     TRAP: cut into micro-batches, each must be divided by the denominator of the whole batch, passed in
     as `denominator`, and the losses summed; a mean of means depends on the cut
     (test_micro_batches_change_nothing).

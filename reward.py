@@ -7,10 +7,8 @@ cleaned, parsed and compared; text of a model is never run as code, and every te
 Conventions, each a choice (change one, and the tests will tell you what moved):
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # a box before a tag before ####, then the last
 '2'
->>> accuracy_reward("The answer is 18.", "18")                  # a bare number earns nothing
-0.0
->>> [is_equivalent(hedge, "18") for hedge in ("18 or 20", "17, 18", r"18 \pm 1", "[10, 20]")]
-[False, False, False, False]
+>>> accuracy_reward("The answer is 18.", "18"), is_equivalent("18 or 20", "18")   # nothing for a bare number, a hedge
+(0.0, False)
 >>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # % may go, not come
 ([True, True, True], False)
 >>> is_equivalent(r"2 \cdot 3^2", "18"), is_equivalent("9+9", "18")   # a product or sum equals its value
@@ -19,10 +17,8 @@ Conventions, each a choice (change one, and the tests will tell you what moved):
 (True, False)
 >>> is_equivalent("2x+3", "y = 2x+3"), is_equivalent("x=5", "y=5")   # a name in front may be left out
 (True, False)
->>> is_equivalent("18", "18 cm"), is_equivalent("18 cents", "18 dollars")   # a unit, too
-(True, False)
->>> is_equivalent("101_{2}", "101_2"), is_equivalent("5", "101_2")   # another base is not converted
-(True, False)
+>>> is_equivalent("18", "18 cm"), is_equivalent("18 cents", "18 dollars"), is_equivalent("5", "101_2")   # unit, base
+(True, False, False)
 """
 
 import cmath
@@ -30,25 +26,22 @@ import functools
 import math
 import operator
 import re
+import runpy
 import zlib
 from dataclasses import dataclass
 from fractions import Fraction
 
-# What a question is followed by, as in the prompts of the released DeepSeekMath models.
+# What follows a question, as in the prompts of the released DeepSeekMath models.
 MATH_REQUEST = "Please reason step by step, and put your final answer within \\boxed{}."
-
 MAX_ANSWER = 400   # characters; a marked text longer than this is no answer
 MAX_LENGTH = 300   # characters of an answer after the clean-up
 MAX_DEPTH = 40     # expressions within expressions
 MAX_ITEMS = 50     # of a list
 MAX_BITS = 1000    # of numerator and denominator together
 
-
 # --- 1. Extraction ------------------------------------------------------------------------------------
-
 def extract_answer(completion):
     r"""The text that a completion marks as its answer, or None if there is none. str -> str | None.
-
     >>> extract_answer(r"so \boxed{18}."), extract_answer("<answer> 18 </answer>"), extract_answer("#### 18")
     ('18', '18', '18')
     >>> extract_answer("it is 18"), extract_answer(r"\boxed{18"), extract_answer(r"<think> \boxed{18}")
@@ -70,9 +63,7 @@ def extract_answer(completion):
                 break
     return answer.strip() if 0 < len(answer.strip()) <= MAX_ANSWER else None
 
-
 # --- 2. Clean-up: one spelling for what means the same ------------------------------------------------
-
 _CHARACTERS = str.maketrans({
     **{0xFEE0 + code: code for code in range(0x21, 0x7F)},   # fullwidth forms
     "−": "-", "–": "-", "×": "*", "·": "*", "÷": "/", "≤": "<=", "≥": ">=", "∈": "=",
@@ -104,10 +95,8 @@ _REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order,
     (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),                             # 1 1/2
 ]]
 
-
 def clean(text):
     r"""One spelling for what means the same; values stay. "" if there is no text or too much. str -> str.
-
     >>> clean(r"$\$1,234.50$."), clean(r"\dfrac12"), clean("１８ degrees"), clean(r"\left(1,2\right)")
     ('1234.50', '\\frac{1}{2}', '18', '(1,2)')
     """
@@ -119,7 +108,6 @@ def clean(text):
     if not re.search(r"[(\[]|\\\{", text):   # (1,000) may be a point
         text = re.sub(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)", lambda match: match[0].replace(",", ""), text)
     return text if len(text) <= MAX_LENGTH else ""
-
 
 # Units: their short names, where they stand, and the words that are none, since they change the number in front.
 _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gram", mg="milligram", kg="kilogram",
@@ -135,7 +123,6 @@ _NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus 
     thousands? [a-z]+illions? squared cubed factorial choose root base mod sin cos tan log pi e i""".split()) + r")\b"
     "|[百万亿十半]|千(?![克米瓦])")
 
-
 def _split_unit(text):
     """("18", "inch2") of "18 square inches" and "18 in^2";  ("18 x", "") of "18 x", for a letter is a factor."""
     match = _UNIT.search(text)
@@ -145,10 +132,8 @@ def _split_unit(text):
     words = re.findall("[a-z]+|[23]|[一-鿿]+", re.sub(r"(?<=ch)es\b|(?<=[a-z]{2})s\b", "", unit))
     return text[:match.start()], "".join(_SHORT.get(word, word) for word in words)
 
-
 def _split_name(text):
     r"""("x", "5") of "x = 5", ("x", "5, 6") of "x = 5, x = 6", a name and its interval of x >= 5; else ("", text).
-
     >>> _split_name("1 < x <= 3"), _split_name("x >= 5"), _split_name("2x = 5")
     (('x', '(1, 3]'), ('x', '[5, \\infty)'), ('', '2x = 5'))
     """
@@ -165,20 +150,16 @@ def _split_name(text):
     low, left, name, right, high = parts
     return name, f"{'[' if left == '<=' else '('}{low}, {high}{']' if right == '<=' else ')'}"
 
-
 # --- 3. The parser ------------------------------------------------------------------------------------
-
 @dataclass(frozen=True)
 class Group:
     r"""Several values. kind: brackets as written ("(]"), "," for a list or set, "\cup", "&" and "\\", "="."""
     kind: str
     items: tuple
 
-
 def _items(value, kind):
     """The items of a group of this kind; any other value is its own only item."""
     return value.items if isinstance(value, Group) and value.kind == kind else (value,)
-
 
 def _close(a, b):
     """Whether two values at one point are the same: Fractions exactly, others to 1e-10 of their size."""
@@ -186,7 +167,6 @@ def _close(a, b):
     if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
         return a == b
     return cmath.isfinite(a) and cmath.isclose(a, b, rel_tol=1e-10)
-
 
 def _power(base, exponent):
     """base ** exponent, exact where the exponent is whole; an odd root of a negative number is real."""
@@ -196,7 +176,6 @@ def _power(base, exponent):
     if degree % 2 and degree > 1 and not isinstance(base, complex) and base < 0:
         return (-(-base) ** (1 / degree)) ** top
     return base ** exponent
-
 
 _BINDING = {"\\\\": 1, "&": 2, ",": 3, "=": 4, "\\cup": 5, "+": 6, "-": 6, "*": 7, "/": 7, "^": 8}
 _ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv, "^": _power}
@@ -210,13 +189,11 @@ _FACTOR = re.compile(r"[({]|\\frac|\\?sqrt|\\?pi|" + _NAME, re.A)      # may fol
 _TOKEN = re.compile(r"[ ~]*(\\?(?:pi|sqrt)(?![A-Za-z])|[A-Za-z]{4,}|[A-Z]{2,}"
                     rf"|{_NAME}|{_NUMBER}|\\[A-Za-z]+|\\?.|$)", re.A | re.S)
 
-
 def _expression(tokens, point, loosest, depth):
     """Takes an expression off the end of `tokens`, which stand from right to left, and returns its value.
 
-    Recursive descent with precedence climbing: reads on as long as operators bind more tightly than `loosest`.
-    What is read is computed at once, with Fractions as long as possible; `point` (0, 1 or 2) says which numbers
-    the letters stand for. Raises what `parse` catches.
+    Recursive descent with precedence climbing: reads on as long as operators bind more tightly than `loosest`, and
+    computes at once, with Fractions if possible; `point` (0, 1 or 2) says which numbers the letters stand for.
     """
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
@@ -243,7 +220,6 @@ def _expression(tokens, point, loosest, depth):
         elif not _close(value, right):   # of 9+9 = 18 one side is enough
             value = Group("=", (value - right,))
 
-
 def _atom(tokens, point, depth):
     """Takes a number, a letter, a macro or a bracket off the end of `tokens`, and returns its value."""
     token = tokens.pop()
@@ -264,11 +240,9 @@ def _atom(tokens, point, depth):
         return inside
     return Group(kind, items)
 
-
 @functools.lru_cache(maxsize=1000)   # the answers of a group are compared with one gold
 def parse(text):
     r"""The values of a cleaned text at three points (a list), or None if it is not understood.
-
     >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
     (Fraction(3, 4), None, None, None)
     """
@@ -282,9 +256,7 @@ def parse(text):
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         return None
 
-
 # --- 4. Comparison ------------------------------------------------------------------------------------
-
 def _same(a, b):
     """Whether two values, each given at all points, are the same."""
     kinds = {getattr(value, "kind", None) for value in (*a, *b)}
@@ -305,10 +277,8 @@ def _same(a, b):
         b.remove(match)
     return True
 
-
 def is_equivalent(answer, gold):
     r"""Whether two answers mean the same. str, str -> bool.
-
     >>> is_equivalent(r"1\frac12", "1.5"), is_equivalent(r"\sqrt 8", r"2\sqrt{2}"), is_equivalent("2x=4y", "x-2y=0")
     (True, True, True)
     >>> is_equivalent("18", "18.0000001"), is_equivalent("0.333", "1/3"), is_equivalent("(1,2]", "[1,2]")
@@ -333,12 +303,9 @@ def is_equivalent(answer, gold):
     return any(_TOKEN.findall(a) == _TOKEN.findall(b) or parse(a) and parse(b) and _same(parse(a), parse(b))
                for a, b in pairs)   # the same text, but for spaces, or the same value
 
-
 # --- 5. Rewards ---------------------------------------------------------------------------------------
-
 def accuracy_reward(completion, gold):
     r"""1.0 if the marked answer of `completion` is equivalent to `gold`, else (and if either is missing) 0.0.
-
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18"), accuracy_reward(None, "18")
     (1.0, 0.0, 0.0)
     """
@@ -347,31 +314,65 @@ def accuracy_reward(completion, gold):
     except Exception:   # whatever a completion provokes, it earns nothing
         return 0.0
 
-
 def final_answer(solution):
     """What stands behind the last "#### " of a solution, as in GSM8K, or all of it; "" if there is none."""
     return "" if solution is None else str(solution).rpartition("#### ")[2].strip()
 
+def majority(answers, gold):
+    """maj@K of one question: 1.0 if the most frequent answer (of a tie, the first) is right, else 0.0."""
+    groups = []   # lists of equivalent answers; None, no answer, has no vote
+    for answer in (answer for answer in answers if answer is not None):
+        group = next((group for group in groups if is_equivalent(answer, group[0])), None)
+        groups.append([answer]) if group is None else group.append(answer)
+    return float(is_equivalent(max(groups, key=len, default=[""])[0], gold))
+
+def last_number(text):
+    """The last number in a text, marked or not, or "": what lm-evaluation-harness calls flexible-extract."""
+    return ([""] + re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:]))[-1].rstrip(",")
 
 def accuracy_rewards(prompts, completions, answer, **kwargs):
     r"""`accuracy_reward` of N completions, with the signature that TRL's GRPOTrainer calls. -> N floats.
 
     completions: N texts, or N lists of chat messages, of which the last counts; answer: N golds or solutions.
-
     >>> accuracy_rewards(["1+1?"], [[{"role": "assistant", "content": r"\boxed{2}"}]], ["1+1=2\n#### 2"])
     [1.0]
     """
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [accuracy_reward(text, final_answer(gold)) for text, gold in zip(texts, answer, strict=True)]
 
+class InputError(Exception):
+    """Something that the user can mend; the text says what and how. The command line prints it as one line."""
+
+@functools.cache   # a user's file is run once
+def load_reward(name):
+    """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
+    path, _, function = name.rpartition(":")
+    try:
+        return runpy.run_path(path)[function] if name else accuracy_rewards
+    except Exception as error:   # a user's file may fail in any way
+        raise InputError(f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards in reward.py")
+
+def score_texts(reward, problems, texts):
+    """Rewards of N completions, each with its problem. Raises InputError with the first that has none."""
+    questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
+    try:
+        rewards = [*map(float, reward(prompts=questions, completions=texts, answer=answers))]
+        if len(rewards) != len(texts) or not all(abs(number) < 1e30 for number in rewards):
+            raise ValueError(f"{rewards} is not one finite number for each completion")
+        return rewards
+    except Exception as error:   # a user's function may fail in any way
+        if len(texts) == 1:
+            raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
+        for problem, text in zip(problems, texts):   # of which completion?
+            score_texts(reward, [problem], [text])
+        raise InputError(f"--reward: {error!r}; not of any one completion")
 
 def step_rewards(completion):
     r"""1.0 or 0.0 for each step of a solution that can be checked: a list of (end, reward), end in characters.
 
     A step is a line or a sentence in which a calculation has a result. It earns 1.0 if all of its equations
-    hold, up to rounding to the decimals shown. In an experiment on real wrong solutions of GSM8K such a rule
-    saw a slip in 4.6%, with 94% precision. So use it to punish: a bonus per right step is farmed with 1+1=2.
-
+    hold, up to rounding to the decimals shown. In an experiment such a rule saw a slip in 4.6% of wrong solutions
+    of GSM8K, with 94% precision. So use it to punish: a bonus per right step is farmed with 1+1=2.
     >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
     [(17, 1.0), (35, 1.0), (47, 0.0)]
     """
@@ -390,7 +391,6 @@ def step_rewards(completion):
         if checks:
             rewards.append((step.end(), float(all(checks))))
     return rewards
-
 
 def _holds(left, right):
     """Whether left = right, up to rounding to the decimals that the right side shows: 10/3 = 3.33."""

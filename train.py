@@ -2,9 +2,10 @@
 
     python train.py                                        a tiny model on built-in problems; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
+    python train.py --resume runs/gsm8k-0                  a run that was stopped or killed goes on
 
-Both take the same way through this file: options, models, (supervised warm-up), evaluation before, the
-three loops of Algorithm 1 in `train`, evaluation after. A run is a folder that transformers can load.
+All take the same way through this file: options, models, (supervised warm-up), evaluation, the loops of
+Algorithm 1 in `train`, evaluation. A run is a folder that transformers can load.
 """
 
 import copy
@@ -13,39 +14,43 @@ import functools
 import itertools
 import json
 import math
+import os
 import random
-import runpy
+import shutil
+import signal
 import sys
 import time
+import zlib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy
+import safetensors.torch
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (SAMPLE_TOKENS, VERSIONS, InputError, Parser, check_room, encode_prompts, eos_token_ids, evaluate,
-                  load_model, load_problems, pick_device, run_cli, sample_problems, score_table)
-from grpo import bf16_weights, grpo_loss, loss_denominator, outcome_advantages, token_logprobs
-from reward import MATH_REQUEST, accuracy_rewards
-
+from eval import (SAMPLE_TOKENS, VERSIONS, InputError, Parser, build_prompt, evaluate, fitting, load_model,
+                  load_problems, pad, pick_device, run_cli, sample_problems, save_model)
+from grpo import bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, score_rows
+from reward import load_reward, score_texts
 
 # --- 1. Options: one dataclass, and one dict of what differs for the built-in problems ---------------
-
 def opt(default, help, least=None, above=None, choices=None, group=None):
     """A field of Config: its default, a line of help, its bounds; `group` starts a new group in --help."""
-    return dataclasses.field(default=default, metadata=dict(
-        help=help, least=least, above=above, choices=choices, group=group))
-
+    return dataclasses.field(default=default, metadata=locals())
 
 @dataclasses.dataclass
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
-    problems: str = opt("gsm8k", "arithmetic, gsm8k, or a JSON-lines file")
+    problems: str = opt("gsm8k", "arithmetic, gsm8k, math, or a JSON-lines file")
     reward: str = opt("", "FILE.py:FUNCTION, called like accuracy_rewards of reward.py; none: that one")
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
+    resume: str = opt("", "folder of a run to go on with, with its own options; only those for memory may change")
+    save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only when stopped", least=0)
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
 
@@ -79,17 +84,15 @@ class Config:
     sft_batch: int = opt(32, "solutions per step", least=1)
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
 
-    eval_problems: str = opt("", "held-out problems; none: the set's, or a tenth of a file", group="evaluation")
+    eval_problems: str = opt("", "as gsm8k,mgsm_zh; none: those of the set, or a tenth of a file", group="evaluation")
     eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
 
-
 # What differs when no --model is given. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
                sft_steps=1000, sft_lr=4e-3, eval_every=20, show_every=20)
-
 
 def parse_config(argv):
     """Config of a command line: what is given, else BUILTIN if it applies, else the default. Or InputError."""
@@ -105,22 +108,28 @@ def parse_config(argv):
         else:
             group.add_argument(flag, type=field.type, choices=meta["choices"], metavar="X", help=text)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    model, problems = given.get("model"), given.get("problems")
-    if not model and problems not in (None, "arithmetic"):
-        raise InputError(f"the built-in model knows only arithmetic: --problems {problems} needs a --model")
-    config = Config(**{**({} if model else BUILTIN), **given})
+    defaults, run = {} if given.get("model") else BUILTIN, given.get("resume")
+    if run:
+        try:
+            defaults = dataclasses.asdict(Config(**json.loads(Path(run, "run.json").read_text())["config"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise InputError(f"--resume {run}: no run to go on with, for it has no run.json of ours ({error})")
+        for name in given.keys() - {"resume", "sample_tokens", "micro_tokens", "activation_checkpointing"}:
+            if given[name] != defaults[name]:
+                raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
+                                 "leave it out, or start another run")
+        given["out"] = run
+    elif not given.get("model") and given.get("problems", "arithmetic") != "arithmetic":
+        raise InputError(f"the built-in model knows only arithmetic: --problems {given['problems']} needs a --model")
+    config = Config(**{**defaults, **given})
     for field in dataclasses.fields(Config):
         flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
         bound, low = ("at least", meta["least"]) if meta["above"] is None else ("above", meta["above"])
         if low is not None and (not low <= value < 2 ** 63 or value == meta["above"]):
             raise InputError(f"{flag} must be finite and {bound} {low}, not {value} ({meta['help']})")
-    if config.request is None:
-        config.request = "" if config.problems == "arithmetic" else MATH_REQUEST
     return config
 
-
 # --- 2. The model and the problems ------------------------------------------------------------------
-
 def make_tiny_model(seed, device):
     """(model, tokenizer): a Llama of 210,000 random parameters that knows numbers, signs and \\boxed{}."""
     words = [*"<pad> <end> <unk> <user> <assistant> \\boxed{ }".split(), "\n", *"+-=", *map(str, range(100))]
@@ -133,25 +142,23 @@ def make_tiny_model(seed, device):
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
         "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(LlamaConfig(
+    return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
         num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0))
-    return model.to(device), tokenizer
-
+        bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(device), tokenizer
 
 def gather_problems(config):
     """(training problems, those with solutions for the warm-up, held-out ones by split: "in" or longer, "out")."""
-    problems = load_problems(config.problems, "train")
-    worked = load_problems("arithmetic", "sft") if config.problems == "arithmetic" else problems
-    named = config.eval_problems or config.problems
-    if named == "arithmetic":
-        held_out = {split: load_problems(named, split) for split in ("in", "out")}
-    elif named == "gsm8k" or config.eval_problems:
-        held_out = {"in": load_problems(named, "test")}
-    else:   # a user's own file: a tenth of it is never trained on, the same tenth for every seed
-        cut = min(math.ceil(len(problems) / 10), config.eval_limit)
-        held_out = {"in": random.Random(0).sample(problems, cut)}
+    load = functools.partial(load_problems, request=config.request)
+    problems = load(config.problems, "train")
+    worked, held_out = load("arithmetic", "sft") if config.problems == "arithmetic" else problems, {}
+    for name in (config.eval_problems or config.problems).split(","):
+        if name == "arithmetic":
+            held_out |= {"in": load(name, "in"), "out": load(name, "out")}
+        elif config.eval_problems or not Path(name).is_file():
+            held_out[name if config.eval_problems else "in"] = load(name, "test")
+    if not held_out:   # a user's own file: a tenth of it is never trained on, the same tenth for every seed
+        held_out = {"in": random.Random(0).sample(problems, min(math.ceil(len(problems) / 10), config.eval_limit))}
         questions = {problem.question for problem in held_out["in"]}
         problems = worked = [problem for problem in problems if problem.question not in questions]
     worked = [problem for problem in worked if problem.solution]
@@ -161,48 +168,19 @@ def gather_problems(config):
         raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none, so leave it out")
     return problems, worked, {split: rows[:config.eval_limit] for split, rows in held_out.items()}
 
-
 # --- 3. Batches, and the supervised warm-up ---------------------------------------------------------
-
 class Batch(NamedTuple):
     """The completions of one step, N = B * G rows, question-major. The first four fields are for `score_rows`."""
     prompt_ids: torch.Tensor       # (B, P)
     prompt_mask: torch.Tensor      # (B, P)
-    completion_ids: torch.Tensor   # (N, T)
-    mask: torch.Tensor             # (N, T) the tokens that count
-    logp_sampler: torch.Tensor     # (N, T) what the sampler says of its own tokens
+    completion_ids: torch.Tensor   # (N, T) from here on the fields of Samples
+    mask: torch.Tensor             # (N, T)
+    logp_sampler: torch.Tensor     # (N, T)
     truncated: torch.Tensor        # (N,)
     rewards: torch.Tensor          # (B, G)
     advantages: torch.Tensor       # (N,)
     texts: list                    # N strings
     t_reward: float                # seconds that the reward took
-
-
-def micro_batches(rows, prompt_mask, mask, limit):
-    """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
-
-    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
-    model only once. Sorted by the length of the completions, so that little of them is padding.
-    """
-    G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
-    cuts = [[]]
-    for row in sorted(rows, key=lambda row: t[row]):
-        together = cuts[-1] + [row]   # of these `row` is the longest
-        if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
-            cuts.append([])
-        cuts[-1].append(row)
-    return cuts
-
-
-def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """logp, entropy and mask, each (n, t), of n rows. Prompts go through once, columns of padding alone do not."""
-    rows, G = torch.tensor(rows, device=mask.device), len(mask) // len(prompt_mask)
-    prompts, question = torch.unique(rows // G, return_inverse=True)   # prompts[question] is rows // G
-    p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
-    mask = mask[rows, :t]
-    return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
-                           mask, temperature, question), mask
-
 
 def learning_rate(step, steps, peak, warmup, end):
     """Of step 0, 1, ...: up linearly to `peak` in `warmup` steps, then down linearly to `end * peak`."""
@@ -210,112 +188,90 @@ def learning_rate(step, steps, peak, warmup, end):
         return peak * (step + 1) / warmup
     return peak * (1 - (1 - end) * (step - warmup) / max(1, steps - 1 - warmup))
 
+def demand_finite(run, values, rows):
+    """Raise FloatingPointError unless the values, (n, ...), of n rows are finite; before, save what is to blame."""
+    bad = [run.rows[row] for row, finite in zip(rows, values.isfinite().all(dim=-1).tolist()) if not finite]
+    if bad:
+        (run.out / "not-finite.json").write_text(json.dumps({"phase": run.phase, "completions": bad}, indent=1))
+        raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
+                                 f"{run.out / 'not-finite.json'}, and try a lower --lr or --max-grad-norm")
 
-def optimizer_step(optimizer, lr, max_grad_norm):
+def optimizer_step(run, optimizer, lr, max_grad_norm):
     """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
     (group,) = optimizer.param_groups
-    # error_if_nonfinite: a nan would spread to all weights in this very step; so the run ends here
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm, error_if_nonfinite=True)
+    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
+    demand_finite(run, norm.expand(len(run.rows), 1), range(len(run.rows)))   # a nan would go into all weights now
     group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
     return norm.item()
 
-
-def warm_up(policy, tokenizer, problems, config, autocast):
+def warm_up(run, problems, config, autocast):
     """Supervised fine-tuning on worked solutions, before any reinforcement: cross-entropy on the completion."""
+    policy, tokenizer, rng = run.policy, run.tokenizer, random.Random(config.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    rng, eos = random.Random(config.seed), [tokenizer.eos_token_id]
     policy.train()
     bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
     for step in bar:
         batch = rng.sample(problems, min(config.sft_batch, len(problems)))
-        prompt_ids, prompt_mask = encode_prompts(tokenizer, batch, config.request, policy.device)
-        solutions = [tokenizer(problem.solution, add_special_tokens=False).input_ids + eos for problem in batch]
-        padded = tokenizer.pad({"input_ids": solutions}, padding_side="right", return_attention_mask=True,
-                               return_tensors="pt")
-        completion_ids, mask = (padded[key].to(policy.device) for key in ("input_ids", "attention_mask"))
+        run.phase, run.rows = f"step {step + 1} of the warm-up", [(p.question, p.solution) for p in batch]
+        prompt_ids, prompt_mask = pad(tokenizer, [build_prompt(tokenizer, p) for p in batch], "left", policy.device)
+        solutions = tokenizer([p.solution for p in batch], add_special_tokens=False).input_ids
+        solutions = [ids + [tokenizer.eos_token_id] for ids in solutions]
+        completion_ids, mask = pad(tokenizer, solutions, "right", policy.device)
         mask, total = mask.bool(), 0.0
         for rows in micro_batches(range(len(mask)), prompt_mask, mask, config.micro_tokens):
             with autocast():
                 logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, completion_ids, mask, 1.0)
+            demand_finite(run, logp, rows)
             loss = -logp.sum() / mask.sum()   # mean over the tokens of the whole batch
             loss.backward()
             total += loss.item()
         lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
-        optimizer_step(optimizer, lr, config.max_grad_norm)
+        optimizer_step(run, optimizer, lr, config.max_grad_norm)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
     policy.eval()
 
-
 # --- 4. One step of GRPO ----------------------------------------------------------------------------
-
-@functools.cache   # a user's file is run once
-def load_reward(name):
-    """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
-    path, _, function = name.rpartition(":")
-    try:
-        return runpy.run_path(path)[function] if name else accuracy_rewards
-    except Exception as error:   # a user's file may fail in any way
-        raise InputError(f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards in reward.py")
-
-
-def score_texts(reward, problems, texts):
-    """Rewards of N completions, each with its problem: (N,). Raises InputError with the first that has none."""
-    questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
-    try:
-        rewards = torch.tensor(reward(prompts=questions, completions=texts, answer=answers), dtype=torch.float32)
-        if rewards.shape != (len(texts),) or not rewards.isfinite().all():
-            raise ValueError(f"{rewards.tolist()} is not one finite number for each completion")
-        return rewards
-    except Exception as error:   # a user's function may fail in any way
-        for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # of which completion?
-            score_texts(reward, [problem], [text])
-        of = f"question {questions[0]!r}, completion {texts[0]!r}" if len(texts) == 1 else "not of any one completion"
-        raise InputError(f"--reward: {error!r}; {of}")
-
-
-def sample_and_score(sampler, tokenizer, problems, config, generator):
+def sample_and_score(sampler, tokenizer, problems, config):
     """G completions for each of B problems, their rewards and their advantages."""
-    G = config.group_size
     prompt_ids, prompt_mask, samples, texts = sample_problems(
-        sampler, tokenizer, problems, config.request, G, config.max_new_tokens, config.temperature, generator,
+        sampler, tokenizer, problems, config.group_size, config.max_new_tokens, config.temperature,
         config.sample_tokens)
     start = time.perf_counter()   # the texts are there, so a GPU has finished
-    rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
-    rewards = score_texts(load_reward(config.reward), rows, texts).view(len(problems), G)   # (B, G)
+    rows = [problem for problem in problems for _ in range(config.group_size)]   # question-major, as the texts are
+    rewards = torch.tensor(score_texts(load_reward(config.reward), rows, texts)).view(len(problems), -1)   # (B, G)
     if config.shuffle_rewards:
-        rewards = torch.stack([group[torch.randperm(G)] for group in rewards])
+        rewards = torch.stack([group[torch.randperm(len(group))] for group in rewards])
     advantages = outcome_advantages(rewards, config.scale_rewards).flatten().to(sampler.device)   # (N,)
     return Batch(prompt_ids, prompt_mask, *samples, rewards, advantages, texts, time.perf_counter() - start)
 
-
-def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
+def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch. Returns means: of gap and entropy over the tokens of `cuts`, first pass only;
     of kl and clip_share over the tokens in the loss, all passes; of loss and grad_norm over the passes.
 
-    cuts: the micro-batches; logp_ref: the reference's log-probs of each of them, or None. In the first pass
-    the weights are still those that sampled, so its log-probs are logp_old, and later passes reuse them.
+    cuts: micro-batches; logp_ref: the reference's log-probs of each, or None. In the first pass the weights are
+    still those that sampled, so its log-probs are logp_old, and later passes reuse them.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
     tokens, tokens_in_loss = batch.mask[sum(cuts, [])].sum().item(), max(1, in_loss.sum().item())
     means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
     logp_old = [None] * len(cuts)
-    policy.train()   # activation checkpointing works only in train(); load_model has set every dropout to 0
+    run.policy.train()   # activation checkpointing works only in train(); load_model has set every dropout to 0
     for pass_number in range(config.mu):
         for i, rows in enumerate(tqdm(cuts, desc="update", delay=5, leave=False)):
             with autocast():
-                logp, entropy, mask = score_rows(policy, rows, *batch[:4], config.temperature)   # (n, t)
-            t = mask.shape[1]
+                logp, entropy, mask = score_rows(run.policy, rows, *batch[:4], config.temperature)   # (n, t)
+            demand_finite(run, logp, rows)
             if pass_number == 0:
                 # PAPER: pi_old is what the trainer computes for the sampled tokens, not what the sampler
                 # said. The two differ by rounding, in bf16 visibly; the gap is logged.
                 logp_old[i] = logp.detach()
-                gap = (logp_old[i] - batch.logp_sampler[rows, :t])[mask].abs()
+                gap = (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs()
                 means["gap"] += gap.sum().item() / tokens
                 means["entropy"] += entropy.sum().item() / tokens
-            loss_mask = in_loss[rows, :t]
+            loss_mask = in_loss[rows, :mask.shape[1]]
             loss, diagnostics = grpo_loss(
                 logp, logp_old[i], logp_ref[i], batch.advantages[rows], loss_mask, config.clip_low,
                 config.clip_high, config.kl_beta, config.aggregate, config.max_new_tokens, denominator)
@@ -323,17 +279,14 @@ def update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast):
             means["loss"] += loss.item() / config.mu
             for name, value in diagnostics.items():
                 means[name] += value.item() * loss_mask.sum().item() / tokens_in_loss / config.mu
-        means["grad_norm"] += optimizer_step(optimizer, lr, config.max_grad_norm) / config.mu
-    policy.eval()
+        means["grad_norm"] += optimizer_step(run, run.optimizer, lr, config.max_grad_norm) / config.mu
+    run.policy.eval()
     return means
 
-
 # --- 5. The log -------------------------------------------------------------------------------------
-
 COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f",
                kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e",
                tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
-
 
 def print_metrics(metrics):
     """One line of fixed columns, a heading above every twentieth."""
@@ -343,158 +296,205 @@ def print_metrics(metrics):
     if metrics["truncated"] > 0.5:
         print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 
+# --- 6. Checkpoints and signals ---------------------------------------------------------------------
+STOP = {"signal": 0, "at once": True}
 
-def clock(device):
-    """Seconds; on a GPU only after it has finished what was asked of it."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+def on_signal(number, frame):
+    """Ctrl-C and SIGTERM end a run: at once, or after the step while weights and log do not belong together."""
+    signal.signal(number, signal.SIG_DFL)   # the second one ends the process
+    STOP["signal"] = number
+    os.write(2, b"\nstopping; once more: without saving\n")   # print may be in use
+    if STOP["at once"]:
+        sys.exit(128 + number)
 
+def checkpoints(run):
+    """The folders of its whole checkpoints, from the oldest to the newest."""
+    return sorted((run.out / "checkpoints").glob("*[0-9]"), key=lambda path: int(path.name))
 
-def peak_memory(device):
-    """The largest memory so far in GB: allocated on a GPU, else that of the process (0 where unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 1e9
+def save_checkpoint(run):
+    """Write out/checkpoints/<step>, whole or not at all, and keep the last two. Raises OSError.
+
+    The learning rate, the order of the problems and all random numbers follow from the step and the seed.
+    """
+    folder, unfinished = (run.out / "checkpoints" / name for name in (str(run.step), "unfinished"))
+    if folder.exists():
+        return
     try:
-        import resource   # not on Windows
-    except ImportError:
-        return 0.0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+        shutil.rmtree(unfinished, ignore_errors=True)   # left by a process that was killed in here
+        unfinished.mkdir(parents=True)
+        safetensors.torch.save_model(run.policy, unfinished / "policy.safetensors")
+        if run.reference is not None:
+            safetensors.torch.save_model(run.reference, unfinished / "reference.safetensors")
+        torch.save({"optimizer": run.optimizer.state_dict(), "step": run.step, "scores": run.scores,
+                    "seconds": time.time() - run.started}, unfinished / "state.pt")
+        for path in (run.out / "metrics.jsonl", *unfinished.iterdir()):
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())   # onto the disk, before the name says that it is whole
+        unfinished.rename(folder)
+        for old in checkpoints(run)[:-2]:
+            shutil.rmtree(old.rename(unfinished))
+    except Exception as error:   # OSError, RuntimeError or SafetensorError, if the disk is full
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise OSError(f"the checkpoint of step {run.step} could not be written: {error}")
 
+def load_checkpoint(run):
+    """Put the newest checkpoint into a run, which stays as it is if there is none yet. Raises InputError."""
+    for folder in checkpoints(run)[-1:]:
+        try:
+            state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
+            run.optimizer.load_state_dict(state["optimizer"])
+            safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
+            if run.reference is not None:
+                safetensors.torch.load_model(run.reference, folder / "reference.safetensors")
+        except Exception as error:   # a broken file may fail in any way
+            raise InputError(f"{folder} is damaged ({error}): delete it to go on from the one before")
+        run.sampler.load_state_dict(run.policy.state_dict())
+        run.step, run.scores, run.started = state["step"], state["scores"], run.started - state["seconds"]
+    log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps are going to come again
+    if log.exists():
+        os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:run.step + 1])))
 
-# --- 6. Algorithm 1 ---------------------------------------------------------------------------------
+# --- 7. Algorithm 1 ---------------------------------------------------------------------------------
+def train(run, problems, held_out, config, autocast):
+    """The loops over iterations and steps, in one, which a resumed run enters where it was. Writes metrics.jsonl."""
+    sampler, total = run.sampler, config.iterations * config.steps
 
-def train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, summary):
-    """The three loops: iterations, steps, updates. Writes out/metrics.jsonl, and the scores into `summary`."""
-    device = policy.device
-    # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
-    sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    generator, rng = torch.Generator(device).manual_seed(config.seed), random.Random(config.seed)
-    step, total, queue = 0, config.iterations * config.steps, []
+    def finish_step(row):
+        """Evaluate if it is time to, write the log, and perhaps a checkpoint."""
+        step = row["step"]
+        sampler.load_state_dict(run.policy.state_dict())
+        if step in (0, total) or config.eval_every and step % config.eval_every == 0:
+            run.phase = f"evaluation after step {step}"
+            row["eval"] = {split: evaluate(
+                sampler, run.tokenizer, rows, config.max_new_tokens, config.eval_samples, config.temperature,
+                config.seed, config.sample_tokens)[0] for split, rows in held_out.items()}
+            run.scores = {"before": row["eval"], **run.scores, "after": row["eval"]}
+            for split, scores in row["eval"].items():
+                print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+        with open(run.out / "metrics.jsonl", "a") as file:
+            file.write(json.dumps(row) + "\n")
+        run.step, STOP["at once"] = step, True
+        if STOP["signal"]:
+            sys.exit(128 + STOP["signal"])
+        if config.save_every and (step % config.save_every == 0 or step == total):
+            save_checkpoint(run)
 
-    @torch.no_grad()
-    def renew_sampler():
-        if sampler is not policy:
-            for copied, weight in zip(sampler.parameters(), policy.parameters()):
-                copied.copy_(weight)
-
-    def evaluate_now():
-        renew_sampler()
-        return {split: evaluate(sampler, tokenizer, rows, config.request, config.max_new_tokens,
-                                config.eval_samples, config.temperature, config.seed, config.sample_tokens)[0]
-                for split, rows in held_out.items()}
-
-    def record(metrics):
-        with open(out / "metrics.jsonl", "a") as file:
-            file.write(json.dumps(metrics) + "\n")
-
-    summary["before"] = summary["after"] = evaluate_now()
-    record({"step": 0, "eval": summary["before"]})
-    for split, scores in summary["before"].items():
-        print(f"held out, {split}, before:\n{score_table(scores)}", flush=True)
+    if run.step < 0:
+        finish_step({"step": 0})
     if config.mu == 1 and config.aggregate == "sequence" and not config.mask_truncated:
         print("the loss stays near 0 because the advantages of a group add up to 0; its gradient does not")
-
-    for iteration in range(config.iterations):
-        # pi_ref <- pi_theta
-        renew_sampler()
-        reference = copy.deepcopy(sampler) if config.kl_beta else None
-        for _ in range(config.steps):
-            start = clock(device)
-            while len(queue) < config.questions:   # every problem once, then every problem once more
-                queue += rng.sample(problems, len(problems))
-            questions, queue = queue[:config.questions], queue[config.questions:]
-            # pi_old <- pi_theta; G completions of each question, their rewards and advantages
-            renew_sampler()
-            batch = sample_and_score(sampler, tokenizer, questions, config, generator)
-            sampled = clock(device)
-            # what pi_ref says of them. (Without a KL term a completion of advantage 0 has no gradient, and is
-            # left out; one stays, so that the optimizer makes its step.)
-            rows = [i for i, a in enumerate(batch.advantages.tolist()) if a or config.kl_beta] or [0]
-            cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
+    # Every problem once, then every problem once more; without those of the steps that are done.
+    deck = (problem for epoch in itertools.count()
+            for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
+    deck = itertools.islice(deck, run.step * config.questions, None)
+    for step in range(run.step, total):
+        if step % config.steps == 0 and config.kl_beta:   # an iteration begins: pi_ref <- pi_theta
+            run.reference.load_state_dict(sampler.state_dict())
+        start = time.perf_counter()
+        # Every step starts the random numbers anew, so that it is the same in a run that was resumed before it.
+        for restart in (random.seed, numpy.random.seed, torch.manual_seed):
+            restart(zlib.crc32(f"{config.seed} {step}".encode()))
+        questions = list(itertools.islice(deck, config.questions))
+        # pi_old <- pi_theta, which the sampler is; G completions of each question, their rewards and advantages
+        run.phase = f"sampling of step {step + 1}"
+        batch = sample_and_score(sampler, run.tokenizer, questions, config)
+        run.rows = [(questions[i // config.group_size].question, text) for i, text in enumerate(batch.texts)]
+        demand_finite(run, batch.logp_sampler, range(len(run.rows)))
+        sampled = time.perf_counter()
+        # what pi_ref says of them. (Without a KL term a completion of advantage 0 has no gradient, and is
+        # left out; one stays, so that the optimizer makes its step.)
+        run.phase = f"reference pass of step {step + 1}"
+        rows = [i for i, a in enumerate(batch.advantages.tolist()) if a or config.kl_beta] or [0]
+        cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
+        logp_ref = [None] * len(cuts)
+        for i, cut in enumerate(cuts if config.kl_beta else []):
             with torch.no_grad():
-                logp_ref = [None if reference is None else
-                            score_rows(reference, rows, *batch[:4], config.temperature)[0] for rows in cuts]
-            referred = clock(device)
-            # mu updates of pi_theta
-            lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
-            metrics = update(policy, optimizer, batch, cuts, logp_ref, config, lr, autocast)
-            step += 1
-
-            zero_var = (batch.advantages.view_as(batch.rewards) == 0).all(dim=1)
-            lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
-            metrics.update(
-                step=step, iteration=iteration, reward=batch.rewards.mean().item(), lr=lr,
-                zero_var=zero_var.float().mean().item(), left_out=1 - len(rows) / len(lengths),
-                length=lengths.mean().item(), truncated=batch.truncated.float().mean().item(),
-                tok_s=lengths.sum().item() / t_sample, t_sample=t_sample, t_reward=batch.t_reward,
-                t_ref=referred - sampled, t_update=clock(device) - referred, mem_gb=peak_memory(device))
-            print_metrics(metrics)
-            if config.show_every and step % config.show_every == 0:
-                print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
-                      f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0]:+.2f}", flush=True)
-            if step == total or config.eval_every and step % config.eval_every == 0:
-                metrics["eval"] = summary["after"] = evaluate_now()
-                for split, scores in summary["after"].items():
-                    print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
-            record(metrics)
-
-
-def save(policy, tokenizer, folder):
-    """Write a folder for from_pretrained, without sampling settings that came along: some cannot be saved."""
-    policy.generation_config = GenerationConfig(
-        eos_token_id=sorted(eos_token_ids(policy, tokenizer)), pad_token_id=tokenizer.pad_token_id)
-    policy.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
+                logp_ref[i], _, _ = score_rows(run.reference, cut, *batch[:4], config.temperature)
+            demand_finite(run, logp_ref[i], cut)
+        referred = time.perf_counter()
+        # mu updates of pi_theta
+        run.phase, STOP["at once"] = f"update of step {step + 1}", False
+        lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
+        metrics = update(run, batch, cuts, logp_ref, config, lr, autocast)
+        lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
+        metrics.update(
+            step=step + 1, iteration=step // config.steps, reward=batch.rewards.mean().item(), lr=lr,
+            zero_var=(batch.advantages.view_as(batch.rewards) == 0).all(dim=1).float().mean().item(),
+            left_out=1 - len(rows) / len(lengths), length=lengths.mean().item(),
+            truncated=batch.truncated.float().mean().item(), tok_s=lengths.sum().item() / t_sample,
+            t_sample=t_sample, t_reward=batch.t_reward, t_ref=referred - sampled,
+            t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
+        print_metrics(metrics)
+        if config.show_every and (step + 1) % config.show_every == 0:
+            print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
+                  f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0]:+.2f}", flush=True)
+        finish_step(metrics)
 
 def main(argv):
     started, config = time.time(), parse_config(argv)
-    # Whatever can be wrong with the input is found out first; only then is anything written.
+    STOP.update({"signal": 0, "at once": True})
     name = f"runs/{Path(config.problems).stem}-{config.seed}"
-    numbered = (Path(f"{name}-{number}" if number > 1 else name) for number in itertools.count(1))
-    out = Path(config.out) if config.out else next(path for path in numbered if not path.exists())
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    names = itertools.chain([config.out or name], (f"{name}-{number}" for number in itertools.count(2)))
+    out = next(path for path in map(Path, names) if config.out or not path.exists())
+    if config.resume and (out / "summary.json").exists():
+        return print(f"{out} has finished, and there is nothing to go on with")
+    if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise InputError(f"--out {out} is a file or not empty, and nothing is overwritten: name another folder")
     load_reward(config.reward)
     device, bf16 = pick_device(config.device)
-    torch.manual_seed(config.seed)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config)
-    for rows in (problems, *held_out.values()):
-        check_room(policy, tokenizer, rows, config.request, config.max_new_tokens)
-
-    out.mkdir(parents=True, exist_ok=True)
-    settings = dataclasses.asdict(config)
-    (out / "run.json").write_text(json.dumps({
-        "command": ["train.py", *argv], "config": settings, "seed": config.seed, "versions": VERSIONS,
-        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
+    problems = fitting(policy, tokenizer, problems, config.max_new_tokens)
+    held_out = {split: fitting(policy, tokenizer, rows, config.max_new_tokens) for split, rows in held_out.items()}
+    data = zlib.crc32(repr((problems, worked, held_out)).encode())
+    if config.resume and json.loads((out / "run.json").read_text())["data"] != data:
+        raise InputError(f"--resume {out}: its problems have changed since it began, so start another run")
+    # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
+    sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    # step: how many are done, -1 before the first evaluation; phase and rows, problems and texts, are for messages
+    run = SimpleNamespace(
+        policy=policy, sampler=sampler, reference=copy.deepcopy(sampler) if config.kl_beta else None,
+        optimizer=optimizer, tokenizer=tokenizer, out=out, started=started, step=-1, scores={}, phase="", rows=[])
+    settings = dataclasses.asdict(config) | {"out": str(out)}
+    if config.resume:
+        load_checkpoint(run)
+    else:
+        out.mkdir(parents=True, exist_ok=True)   # whatever is wrong with the input has been found out before
+        (out / "run.json").write_text(json.dumps({
+            "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; the run goes to {out}")
     print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
-    summary = {"before": {}, "after": {}, "seed": config.seed, "config": settings}
     try:
-        if config.sft_steps:
-            warm_up(policy, tokenizer, worked, config, autocast)
-            save(policy, tokenizer, out / "sft")
-        train(config, policy, tokenizer, problems, held_out, out, autocast, bf16, summary)
-    except (KeyboardInterrupt, InputError):
-        print(f"\nstopped; {out} gets the model as it is now and the last evaluation", file=sys.stderr)
+        if config.sft_steps and run.step < 0:
+            warm_up(run, worked, config, autocast)
+            save_model(policy, tokenizer, out / "sft")
+        train(run, problems, held_out, config, autocast)
+        save_model(policy, tokenizer, out)
+    except BaseException as error:
+        print(f"\nstopped; to go on: python train.py --resume {out}", file=sys.stderr)
+        if STOP["at once"] and run.step >= 0 and not isinstance(error, (FloatingPointError, OSError)):
+            save_checkpoint(run)
+        if isinstance(error, torch.OutOfMemoryError):
+            peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
+            raise InputError(f"out of memory in the {run.phase}, peak {peak}: lower --sample-tokens, --micro-tokens, "
+                             "or in a new run --group-size, or give --activation-checkpointing") from None
         raise
-    finally:
-        save(policy, tokenizer, out)
-        summary["seconds"] = time.time() - started
-        (out / "summary.json").write_text(json.dumps(summary, indent=1))
-    for split in summary["before"]:
+    scores, seconds = run.scores, time.time() - run.started
+    (out / "summary.json").write_text(json.dumps(
+        {**scores, "seconds": seconds, "seed": config.seed, "config": settings}, indent=1))
+    for split in scores["before"]:
         for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
-            cells = ["{:.3f} ({:.3f} - {:.3f})".format(scores[name], *scores[f"{name}_interval"])
-                     for scores in (summary["before"][split], summary["after"][split])]
+            cells = ["{:.3f} ({:.3f} - {:.3f})".format(measured[split][name], *measured[split][f"{name}_interval"])
+                     for measured in (scores["before"], scores["after"])]
             print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {summary['seconds']:.0f} s; to evaluate it, give eval.py --model {out}")
-
+    print(f"saved after {seconds:.0f} s; to evaluate it, give eval.py --model {out}")
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, on_signal)
     run_cli(main)

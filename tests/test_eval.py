@@ -11,10 +11,10 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig
 
 import eval as evaluation
 import grpo
-from eval import (InputError, Problem, arithmetic, build_prompt, encode_prompts, eos_token_ids, evaluate, fetch,
-                  interval, last_number, load_model, load_problems, majority, pick_device, read_problems)
-from helpers import CHAT_TEMPLATE, make_chat_model, tiny_model
-from reward import MATH_REQUEST, accuracy_reward
+from eval import (DOWNLOADS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
+                  load_model, load_problems, pad, pick_device, read_problems)
+from helpers import CHAT_TEMPLATE, make_chat_model
+from reward import MATH_REQUEST, accuracy_reward, last_number, majority
 
 CPU = torch.device("cpu")
 
@@ -25,7 +25,7 @@ def test_built_in_problems_have_right_answers_and_stay_in_range():
     for split in ("in", "out", "train", "sft"):
         problems = arithmetic(split)
         assert problems == arithmetic(split) and len(problems) >= 1000
-        for question, answer, solution in problems[:1000]:
+        for question, answer, solution, *_ in problems[:1000]:
             terms = [int(x) for x in re.findall(r"[+-]?\d+", question)]
             totals = list(itertools.accumulate(terms))
             assert totals[-1] == int(answer) and 0 <= min(totals) and max(totals) <= evaluation.LARGEST_TOTAL
@@ -41,7 +41,7 @@ def test_no_held_out_question_is_ever_trained_on():
 def test_the_corpus_has_two_habits():
     """One term at a time: always right. Two at once: a guess. Four of ten lines that could be either are careful."""
     right, careful = {1: [], 2: []}, []
-    for question, answer, solution in arithmetic("sft")[:3000]:
+    for question, answer, solution, *_ in arithmetic("sft")[:3000]:
         left = len(re.findall(r"[+-]", question))
         *lines, boxed = solution.split("\n")
         for line in lines:
@@ -61,25 +61,11 @@ def test_problems_file(tmp_path):
     path.write_text('\ufeff{"question": "1+1?", "answer": 2}\r\n\n{"problem": "a\u2028b", "answer": "0"}\n'
                     '{"question": "q", "answer": "He has 48/2 = <<48/2=24>>24.\\n#### 1,024", "level": 3}', "utf-8")
     assert read_problems(path) == [
-        Problem("1+1?", "2"), Problem("a\u2028b", "0"),
-        Problem("q", "1,024", "He has 48/2 = 24.\n\\boxed{1,024}")]
+        Problem("1+1?", "2", line=1), Problem("a\u2028b", "0", line=3),
+        Problem("q", "1,024", "He has 48/2 = 24.\n\\boxed{1,024}", line=4)]
     assert accuracy_reward(read_problems(path)[2].solution, "1024") == 1.0
-    assert load_problems(str(path), "any split") == read_problems(path)
-
-
-@pytest.mark.parametrize("text, message", [
-    ('{"question": "a", "answer": "1"}\n{"question": "b", "answer": "2"}\n{"question": "c", answer: 3}\n', "line 3: not a JSON object"),
-    ('{"question": "a", "answer": "1"}\n{"answer": "1"}\n', "line 2: no question"),
-    ('{"question": " ", "answer": "1"}\n', "line 1: no question"),
-    ('{"question": "a"}\n', "has no answers"), ('{"question": "a", "answer": null}\n', "has no answers"),
-    ('{"question": "a", "answer": "  "}\n', "has no answers"), ('{"question": "a", "answer": "work #### "}\n', "has no answers"),
-    ('[1, 2]\n', "line 1: not a JSON object"), ("", "is empty"), ("\n\n", "is empty"),
-])
-def test_bad_problems_files_are_named_by_line(tmp_path, text, message):
-    path = tmp_path / "broken.jsonl"
-    path.write_text(text)
-    with pytest.raises(InputError, match=message):
-        read_problems(path)
+    assert load_problems(str(path), "any split") == [p._replace(request=MATH_REQUEST) for p in read_problems(path)]
+    assert load_problems(str(path), "", "Think.")[0].request == "Think."
 
 
 def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
@@ -90,61 +76,59 @@ def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
     assert [problem.answer for problem in problems][:5] == ["1", "", "", ".", ""] and len(problems) == len(answers)
     paid = [accuracy_reward(f"\\boxed{{{problem.answer}}}", problem.answer) for problem in problems]
     assert paid == [1, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert f"{path}: no reward for 6 of 9 questions" in capsys.readouterr().out
+    assert f"{path}: no reward for 6 of 9 questions, as in lines [2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
 
 
-def test_files_that_are_no_text_and_unknown_names(tmp_path):
-    (tmp_path / "bytes.jsonl").write_bytes(b"\xff\xfe\x00")
-    for call in (lambda: read_problems(tmp_path / "bytes.jsonl"), lambda: load_problems("gsm9k", "test"),
-                 lambda: load_problems("arithmetic", "test"), lambda: load_problems("gsm8k", "in")):
-        with pytest.raises(InputError):
-            call()
+# A line of each set as it is published, in words of our own.
+PUBLISHED = {
+    "gsm8k": ({"question": "How many?", "answer": "2*3=<<2*3=6>>6\n#### 6"}, "How many?", "6"),
+    "math": ({"problem": "Compute $1+1$.", "answer": "2", "level": 1}, "Compute $1+1$.", "2"),
+    "math500": ({"problem": "Compute $1+1$.", "answer": "2", "level": 1}, "Compute $1+1$.", "2"),
+    "cmath": ({"grade": 1, "question": "一加一？", "golden": "2", "reasoning_step": 1}, "一加一？", "2"),
+    "mgsm_zh": ({"dataset": "mgsm-zh", "messages": [{"role": "user", "content": "一加二？"}, {"role": "assistant", "content": ""}],
+                 "answer": "3"}, "一加二？", "3"),
+}
 
 
-def test_download_is_checked_and_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "cache")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_sets_come_through_the_download(name, tmp_path, monkeypatch):
+    row, question, answer = PUBLISHED[name]
     source = tmp_path / "source.jsonl"
-    source.write_text('{"question": "1+1?", "answer": "#### 2"}\n')
+    source.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
-    monkeypatch.setattr(evaluation, "GSM8K_URL", source.as_uri() + "?{}")
-    monkeypatch.setattr(evaluation, "GSM8K_SHA256", {"test": sha256})
-    # A checksum that does not match: refused, and nothing is left behind.
-    with pytest.raises(InputError, match="by hand"):
-        fetch(source.as_uri(), "0" * 64, "p.jsonl")
-    assert not list((tmp_path / "cache").rglob("*.*"))
-    path = fetch(source.as_uri(), sha256, "p.jsonl")
-    assert path.read_text() == source.read_text()
-    source.unlink()                                     # the second time it comes from the cache
-    assert fetch(source.as_uri(), sha256, "p.jsonl") == path
-    path.write_text("changed")
-    with pytest.raises(InputError, match="has changed"):
-        fetch(source.as_uri(), sha256, "p.jsonl")
-    with pytest.raises(InputError, match="by hand"):    # no such file on the server
-        fetch(source.as_uri(), sha256, "q.jsonl")
-
-
-def test_gsm8k_comes_through_the_download(tmp_path, monkeypatch):
-    source = tmp_path / "test.jsonl"
-    source.write_text('{"question": "How many?", "answer": "2*3=<<2*3=6>>6\\n#### 6"}\n')
     monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "cache")
-    monkeypatch.setattr(evaluation, "GSM8K_URL", (tmp_path / "{}.jsonl").as_uri().replace("%7B%7D", "{}"))
-    monkeypatch.setattr(evaluation, "GSM8K_SHA256", {"test": hashlib.sha256(source.read_bytes()).hexdigest()})
-    assert load_problems("gsm8k", "test") == [Problem("How many?", "6", "2*3=6\n\\boxed{6}")]
+    monkeypatch.setitem(DOWNLOADS, f"{name} test", (source.as_uri(), sha256))
+    for _ in "ab":   # the second time it comes from the cache
+        (problem,) = load_problems(name, "test")
+        assert (problem.question, problem.answer, problem.line) == (question, answer, 1)
+        assert ("逐步推理" in problem.request) == (name in ("cmath", "mgsm_zh")) and "\\boxed{}" in problem.request
+        source.unlink(missing_ok=True)
+    assert (tmp_path / "cache" / "minimal-grpo" / f"{name}-test.jsonl").exists()
+    assert load_problems(name, "test", "Think.")[0].request == "Think."
+
+
+def test_addresses_and_checksums_of_downloads():
+    """A fixed commit in each address; MATH-500 is the test set of MATH; and no two other files are the same."""
+    assert set(DOWNLOADS) == {"gsm8k train", "gsm8k test", "math train", "math test", "math500 test", "cmath test", "mgsm_zh test"}
+    assert DOWNLOADS["math test"] == DOWNLOADS["math500 test"] and len(set(DOWNLOADS.values())) == 6
+    for url, sha256 in DOWNLOADS.values():
+        assert re.fullmatch(r"https://(raw|media)\.githubusercontent\.com/[^ ]*/[0-9a-f]{40}/[^ ]*\.jsonl", url)
+        assert re.fullmatch("[0-9a-f]{64}", sha256)
 
 
 # --- Prompts and models -----------------------------------------------------------------------------
 
 def test_prompt_goes_through_the_chat_template(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
-    text = tokenizer.decode(build_prompt(tokenizer, "1+1?", MATH_REQUEST))
+    text = tokenizer.decode(build_prompt(tokenizer, Problem("1+1?", "2", request=MATH_REQUEST)))
     assert text == f"<|im_start|>user\n1+1?\n{MATH_REQUEST}<|im_end|>\n<|im_start|>assistant\n"   # no BOS: it has none
-    assert "user\n1+1?<|im_end|>" in tokenizer.decode(build_prompt(tokenizer, "1+1?", ""))
+    assert "user\n1+1?<|im_end|>" in tokenizer.decode(build_prompt(tokenizer, Problem("1+1?", "2")))
 
 
 def test_prompt_without_a_template_is_plain(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     tokenizer.chat_template = None
-    assert tokenizer.decode(build_prompt(tokenizer, "1+1?", "Think.")) == "1+1?\nThink.\n"
+    assert tokenizer.decode(build_prompt(tokenizer, Problem("1+1?", "2", request="Think."))) == "1+1?\nThink.\n"
 
 
 @pytest.mark.parametrize("template", [None, CHAT_TEMPLATE, "{{ bos_token }}" + CHAT_TEMPLATE])
@@ -157,18 +141,19 @@ def test_exactly_one_bos_where_the_model_has_one(chat_folder, template, adds_bos
     if adds_bos:
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", bos)])
     tokenizer.chat_template = template
-    ids = build_prompt(tokenizer, "1+1?", "Think.")
+    ids = build_prompt(tokenizer, Problem("1+1?", "2", request="Think."))
     wanted = adds_bos or (template is not None and "bos_token" in template)
     assert ids.count(bos) == wanted and (not wanted or ids[0] == bos)
 
 
 def test_prompts_are_padded_on_the_left(chat_folder):
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
-    problems = [Problem("1+1?", "2"), Problem("How many pens has Ada now?", "3")]
-    ids, mask = encode_prompts(tokenizer, problems, "", CPU)
+    rows = [build_prompt(tokenizer, Problem(text, "2")) for text in ("1+1?", "How many pens has Ada now?")]
+    ids, mask = pad(tokenizer, rows, "left", CPU)
     assert mask[1].all() and not mask[0].all() and mask[0].tolist() == sorted(mask[0].tolist())
-    for row, problem in enumerate(problems):
-        assert ids[row][mask[row].bool()].tolist() == build_prompt(tokenizer, problem.question, "")
+    assert [ids[i][mask[i].bool()].tolist() for i in (0, 1)] == rows
+    ids, mask = pad(tokenizer, rows, "right", CPU)
+    assert ids[0, :len(rows[0])].tolist() == rows[0] and mask[0].sum() == len(rows[0])
 
 
 def test_end_of_turn_is_an_eos(chat_folder):
@@ -240,34 +225,10 @@ def test_scaled_heads_are_announced(tmp_path, chat_folder, capsys):
     assert "log-probs not computed in chunks" in capsys.readouterr().out
 
 
-def test_broken_model_folders(tmp_path, chat_folder):
-    import shutil
-    config = (chat_folder / "config.json").read_text()
-    for number, (file, text) in enumerate([
-            ("model.safetensors", "cut off"), ("config.json", config.replace('"hidden_size": 64', '"hidden_size": "x"')),
-            ("config.json", config.replace('"hidden_size": 64', '"hidden_size": 32')), ("tokenizer.json", None)]):
-        folder = tmp_path / str(number)
-        shutil.copytree(chat_folder, folder)
-        if text is None:
-            (folder / "tokenizer.json").unlink()
-            (folder / "tokenizer_config.json").unlink()
-        else:
-            (folder / file).write_text(text)
-        with pytest.raises(InputError) as error:
-            load_model(str(folder), CPU)
-        assert "\n" not in str(error.value)
-
-
 def test_a_template_that_ends_the_turn_on_a_new_line(chat_folder):
     model, tokenizer = load_model(str(chat_folder), CPU)
     tokenizer.chat_template = CHAT_TEMPLATE.replace("<|im_end|>", "\n <|im_end|>")
     assert tokenizer.convert_tokens_to_ids("<|im_end|>") in eos_token_ids(model, tokenizer)
-
-
-@pytest.mark.parametrize("name", ["/nowhere", "nobody/no-such-model"])
-def test_models_that_do_not_exist(name):
-    with pytest.raises(InputError, match="no folder or hub name to load"):
-        load_model(name, CPU)
 
 
 def test_mps_is_refused():
@@ -307,14 +268,14 @@ def test_scores_add_up(llama, chat_folder):
     model, tokenizer = load_model(str(chat_folder), CPU)
     script = iter([["\\boxed{2}", "it is 4"], ["\\boxed{2}", "\\boxed{2}", "\\boxed{9}", "2", "\\boxed{5}", "5", "x", "\\boxed{4}"]])
 
-    def sample_problems(model, tokenizer, problems, request, K, *_):
+    def sample_problems(model, tokenizer, problems, K, *_):
         texts = next(script)
         assert len(texts) == K * len(problems)
         return None, None, type("S", (), {"truncated": torch.tensor([t == "x" for t in texts])}), texts
 
     original, evaluation.sample_problems = evaluation.sample_problems, sample_problems
     try:
-        scores, records = evaluate(model, tokenizer, [Problem("1+1", "2"), Problem("2+2", "4")], "", 8, samples=4)
+        scores, records = evaluate(model, tokenizer, [Problem("1+1", "2"), Problem("2+2", "4")], 8, samples=4)
     finally:
         evaluation.sample_problems = original
     expected = {"n": 2, "greedy": 0.5, "sampled": (2 / 4 + 1 / 4) / 2, "maj@4": (1 + 0) / 2, "pass@4": 1.0,
@@ -334,8 +295,8 @@ def test_as_many_groups_at_a_time_as_the_kv_cache_may_hold(sample_tokens, batche
         return original(model, prompt_ids, *rest)
 
     monkeypatch.setattr(evaluation, "sample_groups", spy)
-    sample = lambda temperature: evaluation.sample_problems(model, tokenizer, problems, "", 4, 8, temperature,
-                                                            torch.Generator().manual_seed(0), sample_tokens)
+    sample = lambda temperature: evaluation.sample_problems(model, tokenizer, problems, 4, 8, temperature, sample_tokens,
+                                                            torch.Generator().manual_seed(0))
     ids, mask, samples, texts = sample(1.0)
     assert 4 * 2 * (ids.shape[1] + 8) <= 2 * 4 * 70 < 4 * 3 * (ids.shape[1] + 8)   # the second case holds two groups
     assert sizes == batches and samples.completion_ids.shape == (20, 8) and len(texts) == 20
@@ -349,13 +310,13 @@ def test_no_more_than_1024_rows_at_a_time(chat_folder, story_file, monkeypatch):
     (model, tokenizer), sizes, original = load_model(str(chat_folder), CPU), [], evaluation.sample_groups
     monkeypatch.setattr(evaluation, "sample_groups", lambda model, ids, *rest: (
         sizes.append(len(ids)), original(model, ids, *rest))[1])
-    evaluation.sample_problems(model, tokenizer, read_problems(story_file)[:5], "", 500, 1, 1.0, None, 10 ** 9)
+    evaluation.sample_problems(model, tokenizer, read_problems(story_file)[:5], 500, 1, 1.0, 10 ** 9)
     assert sizes == [2, 2, 1]
 
 
 def test_evaluation_repeats_itself(chat_folder, story_file):
     model, tokenizer = load_model(str(chat_folder), CPU)
-    first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], MATH_REQUEST, 6, samples=4) for _ in "ab")
+    first, second = (evaluate(model, tokenizer, read_problems(story_file)[:3], 6, samples=4) for _ in "ab")
     assert first == second
 
 
@@ -375,21 +336,11 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
         evaluation.main([*arguments, "--out", str(path)])
 
 
-def test_a_completion_must_fit_into_the_positions(chat_folder, story_file):
-    with pytest.raises(InputError, match="which leaves [0-9]+ for --max-new-tokens"):
-        evaluation.main(["--model", str(chat_folder), "--problems", str(story_file), "--max-new-tokens", "1000"])
-
-
-@pytest.mark.parametrize("arguments", [
-    ["--model", "/nowhere", "--problems", "arithmetic"], ["--model", "x", "--problems", "nothing"],
-    ["--model", "x", "--problems", "arithmetic", "--limit", "-1"], ["--model", "x"], ["--samples", "two"],
-    ["--model", "x", "--problems", "arithmetic", "--temperature", "0"],
-    ["--model", "x", "--problems", "arithmetic", "--out", __file__],
-    ["--model", "x", "--problems", "arithmetic", "--device", "mps"],
-    ["--model", "x", "--problems", "arithmetic", "--split", "test"],
-])
-def test_bad_arguments_are_one_line(arguments, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(InputError) as error:
-        evaluation.main(arguments)
-    assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
+def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    problems = [Problem("pens " * n, "1", line=line) for line, n in ((1, 2), (2, 9000), (4, 3), (5, 9000))]
+    assert fitting(model, tokenizer, problems, 100) == [problems[0], problems[2]]
+    assert "skipped 2 of 4 questions, longer than the 924 positions that --max-new-tokens 100 leaves of the model's, in lines [2, 5]" in (
+        capsys.readouterr().out)
+    longest = len(build_prompt(tokenizer, problems[2]))
+    assert len(fitting(model, tokenizer, problems, 1024 - longest)) == 2 and len(fitting(model, tokenizer, problems, 1025 - longest)) == 1
