@@ -110,14 +110,18 @@ def read_problems(path):
             if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
                 continue
             pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)   # a dict would lose doubles
+            if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
+                raise ValueError("no JSON object")
             row = dict(pairs)
             # In the published sets the question may also be messages[0].content, the answer "golden".
             question = row.get("question") or row.get("problem") or dict(row.get("messages", [{}])[0]).get("content")
             answer = row.get("answer", row.get("golden"))
             if len(row) < len(pairs):
                 raise ValueError("a key that stands there twice")
-            if not isinstance(question, str) or not question.strip() or isinstance(answer, (bool, list)):
-                raise ValueError("no question" if not question else "question or answer of another kind")
+            if not isinstance(question, str) or not question.strip():
+                raise ValueError("no question")
+            if isinstance(answer, (bool, list)):
+                raise ValueError("an answer that is neither text nor a number")
             f"{question}{answer}".encode()   # half a character, "\\ud83d", is an error here
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise InputError(f'{path}, line {number}: want {{"question": "1+1?", "answer": "2"}}, found: {error}')
@@ -129,8 +133,7 @@ def read_problems(path):
     if len(unpaid) == len(problems):
         raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
     if unpaid:
-        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions, as in lines {unpaid[:9]}: "
-              "no answer, or over 300 characters")
+        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} lines, as {unpaid[:9]}: no or too long an answer")
     return problems
 
 def load_problems(name, split, request=None):
@@ -208,7 +211,6 @@ def save_model(model, tokenizer, folder):
 
 def eos_token_ids(model, tokenizer):
     """The set of ids that end a completion: the tokenizer's, the model's, and the template's end of turn.
-
     TRAP: a chat model ends a turn with another token than a document. Whoever knows only one of them lets every
     completion run to the limit (test_end_of_turn_is_an_eos).
     """
@@ -271,7 +273,6 @@ def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temp
 # --- 3. Accuracy ------------------------------------------------------------------------------------
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
-
     Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean -+ 1.96 standard errors.
     The K samples of a question depend on each other, so their mean is one score: n counts questions.
     """
@@ -286,7 +287,6 @@ def interval(scores):
 def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
     """Accuracy, greedy and of K = `samples` samples each, which are the same draws before and after training.
-
     Returns scores: n; greedy, sampled (mean of K), maj@K and pass@K, each with its interval; shares of
     flexible (last number right), truncated, unparsable. And records: kind -> a dict per completion, in order.
     """

@@ -147,9 +147,10 @@ def make_tiny_model(seed, device):
         num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.08,
         bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(device), tokenizer
 
-def gather_problems(config):
+def gather_problems(config, model, tokenizer):
     """(training problems, those with solutions for the warm-up, held-out ones by split: "in" or longer, "out")."""
-    load = functools.partial(load_problems, request=config.request)
+    def load(name, split):
+        return fitting(model, tokenizer, load_problems(name, split, config.request), config.max_new_tokens)
     problems = load(config.problems, "train")
     worked, held_out = load("arithmetic", "sft") if config.problems == "arithmetic" else problems, {}
     for name in (config.eval_problems or config.problems).split(","):
@@ -443,9 +444,7 @@ def main(argv):
     load_reward(config.reward)
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
-    problems, worked, held_out = gather_problems(config)
-    problems = fitting(policy, tokenizer, problems, config.max_new_tokens)
-    held_out = {split: fitting(policy, tokenizer, rows, config.max_new_tokens) for split, rows in held_out.items()}
+    problems, worked, held_out = gather_problems(config, policy, tokenizer)
     data = zlib.crc32(repr((problems, worked, held_out)).encode())
     if config.resume and json.loads((out / "run.json").read_text())["data"] != data:
         raise InputError(f"--resume {out}: its problems have changed since it began, so start another run")

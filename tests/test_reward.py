@@ -11,6 +11,7 @@ import json
 import os
 import random
 import re
+import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -436,8 +437,8 @@ def test_the_ten_lines_of_the_readme_train_with_trl(tmp_path, monkeypatch):
         return original(**arguments)
 
     monkeypatch.setattr(reward, "accuracy_rewards", accuracy_rewards)
-    names = {"MODEL": str(make_chat_model(tmp_path / "model"))}
-    exec(code, names)
+    (tmp_path / "ten_lines.py").write_text(code)
+    names = runpy.run_path(str(tmp_path / "ten_lines.py"), {"MODEL": str(make_chat_model(tmp_path / "model"))})
     assert names["trainer"].state.global_step == 1 and len(calls) == 1
     assert isinstance(calls[0]["completions"][0], list) and set(calls[0]["answer"]) <= {row["answer"] for row in rows}
     right = [[{"role": "assistant", "content": boxed(answer.split()[-1])}] for answer in calls[0]["answer"]]
