@@ -152,7 +152,8 @@ def gather_problems(config, model, tokenizer):
     def load(name, split):
         return fitting(model, tokenizer, load_problems(name, split, config.request), config.max_new_tokens)
     problems = load(config.problems, "train")
-    worked, held_out = load("arithmetic", "sft") if config.problems == "arithmetic" else problems, {}
+    worked = load_problems("arithmetic", "sft", config.request) if config.problems == "arithmetic" else problems
+    held_out = {}
     for name in (config.eval_problems or config.problems).split(","):
         if name == "arithmetic":
             held_out |= {"in": load(name, "in"), "out": load(name, "out")}

@@ -1,5 +1,6 @@
 """Small models that the tests build on the spot: no download, no GPU, no file outside the test's own folder."""
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 import torch
 import transformers
 
+import eval as evaluation
 from helpers import make_chat_model, tiny_model
 
 transformers.utils.logging.disable_progress_bar()
+evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of the tests in one process need the same
 
 
 @pytest.fixture(params=["llama", "gpt2", "cohere", "gemma2"])
@@ -50,3 +53,14 @@ def prompts():
     """Three prompts of 2, 4 and 5 tokens, padded on the left: ids and mask, both (3, 5)."""
     ids = torch.tensor([[0, 0, 0, 5, 6], [0, 7, 8, 9, 10], [11, 12, 13, 14, 15]])
     return ids, (ids > 0).long()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes minutes; run by `-m slow` only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))

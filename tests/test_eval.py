@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 def test_built_in_problems_have_right_answers_and_stay_in_range():
     for split in ("in", "out", "train", "sft"):
         problems = arithmetic(split)
-        assert problems == arithmetic(split) and len(problems) >= 1000
+        assert problems == arithmetic.__wrapped__(split) and len(problems) >= 1000   # always the same
         for question, answer, solution, *_ in problems[:1000]:
             terms = [int(x) for x in re.findall(r"[+-]?\d+", question)]
             totals = list(itertools.accumulate(terms))

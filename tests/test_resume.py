@@ -1,0 +1,355 @@
+"""Nothing is lost: a run that was stopped, killed or out of disk goes on and becomes the run that would have been."""
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import train
+from eval import InputError
+from helpers import make_chat_model
+
+ROOT = Path(train.__file__).parent
+# Twelve steps in three iterations; the last save is two steps behind the fifth step and one behind the border at 4.
+FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 4 --eval-samples 2 --eval-every 5 "
+         "--show-every 0 --lr-warmup 0 --reward own.py:random_reward").split()
+# All random numbers that a process has. STOP_AT holds the number of the call that fails.
+OWN = """
+import os, pathlib, random, numpy, torch
+calls = []
+
+def random_reward(prompts, completions, answer):
+    calls.append(1)
+    if pathlib.Path("stop_at").exists() and len(calls) >= int(pathlib.Path("stop_at").read_text()):
+        raise ValueError("stopped on purpose")
+    return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in completions]
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text(OWN)
+    train.load_reward.cache_clear()
+    return tmp_path
+
+
+def rows_of(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def final_state(run):
+    """Everything that a run ends with, but for times and memory."""
+    last = run / "checkpoints" / "12"
+    state = torch.load(last / "state.pt", weights_only=True)
+    log = [{key: value for key, value in row.items() if not key.startswith("t_") and key not in ("tok_s", "mem_gb")}
+           for row in rows_of(run)]
+    assert [row["step"] for row in log] == list(range(13))
+    weights = [load_file(path) for path in (last / "policy.safetensors", last / "reference.safetensors", run / "model.safetensors")]
+    return dict(weights=weights, optimizer=state["optimizer"], scores=state["scores"], log=log)
+
+
+def assert_same(a, b, where="state"):
+    """Equal bit by bit, whatever is in there."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, (dict, list, tuple)):
+        assert len(a) == len(b), where
+        for key in a if isinstance(a, dict) else range(len(a)):
+            assert_same(a[key], b[key], f"{where}[{key!r}]")
+    else:
+        assert a == b, where
+
+
+def command(*arguments, **options):
+    return subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *arguments], stdout=subprocess.PIPE,
+                            stderr=subprocess.PIPE, text=True, **options)
+
+
+def resume(run):
+    process = command("--resume", run)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    return printed
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """mu -> what a run that nobody stops ends with."""
+    ends, here = {}, os.getcwd()
+    os.chdir(tmp_path_factory.mktemp("straight"))
+    Path("own.py").write_text(OWN)
+    for mu in (1, 2):
+        train.load_reward.cache_clear()
+        train.main([*FLAGS, "--mu", str(mu), "--out", f"run{mu}"])
+        ends[mu] = final_state(Path(f"run{mu}"))
+    os.chdir(here)
+    return ends
+
+
+# --- Resume -----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("mu", [1, 2])
+def test_five_steps_and_seven_are_twelve_steps(mu, folder, straight):
+    """Bit by bit, in a new process, across the border of an iteration; the sixth step has been dropped while sampling."""
+    Path("stop_at").write_text("6")
+    with pytest.raises(InputError, match="stopped on purpose"):
+        train.main([*FLAGS, "--mu", str(mu), "--out", "run"])
+    assert [path.name for path in sorted(Path("run/checkpoints").iterdir())] == ["3", "5"]
+    Path("stop_at").unlink()
+    resume("run")
+    assert_same(final_state(Path("run")), straight[mu])
+
+
+def test_the_random_numbers_and_both_passes_matter(straight):
+    """What the comparison above rests on: rewards vary, weights move, mu = 2 is another run."""
+    log = straight[1]["log"]
+    assert len({row["reward"] for row in log[1:]}) == 12 and all(row["grad_norm"] > 0 for row in log[1:])
+    assert not torch.equal(straight[1]["weights"][0]["lm_head.weight"], straight[2]["weights"][0]["lm_head.weight"])
+    assert not torch.equal(straight[1]["weights"][0]["lm_head.weight"], straight[1]["weights"][1]["lm_head.weight"])
+
+
+def test_two_checkpoints_are_kept_and_the_time_goes_on(folder):
+    train.main([*FLAGS, "--out", "run"])
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["12", "9"]
+    before = json.loads(Path("run/summary.json").read_text())
+    Path("run/summary.json").unlink()   # as if the process had been killed just before it was written
+    state = torch.load("run/checkpoints/12/state.pt", weights_only=True)
+    torch.save({**state, "seconds": 1000.0}, "run/checkpoints/12/state.pt")
+    resume("run")
+    after = json.loads(Path("run/summary.json").read_text())
+    assert 1000 < after["seconds"] < 1060 and before["after"] == after["after"] and before["before"] == after["before"]
+
+
+def test_a_run_that_has_finished_stays_as_it_is(folder, capsys):
+    train.main([*FLAGS, "--out", "run"])
+    before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
+    train.main(["--resume", "run"])
+    assert "run has finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")} == before
+
+
+def test_what_is_not_as_it_was_is_refused(folder):
+    Path("own.jsonl").write_text("".join('{"question": "1+%d?", "answer": "2"}\n' % n for n in range(20)))
+    model = str(make_chat_model(folder / "model"))
+    arguments = ["--model", model, "--problems", "own.jsonl", "--steps", "2", "--questions", "2", "--group-size", "2", "--out", "run",
+                 "--max-new-tokens", "4", "--eval-samples", "2", "--save-every", "1", "--reward", "own.py:random_reward"]
+    Path("stop_at").write_text("2")
+    with pytest.raises(InputError, match="on purpose"):
+        train.main(arguments)
+    log = Path("run/metrics.jsonl").read_bytes()
+    Path("stop_at").unlink()
+    with pytest.raises(InputError, match="--temperature 0.5 contradicts the run's 1.0"):
+        train.main(["--resume", "run", "--temperature", "0.5"])
+    lines = Path("own.jsonl").read_text()
+    Path("own.jsonl").write_text(lines.replace("1+7", "1+8"))
+    with pytest.raises(InputError, match="--resume run: its problems have changed"):
+        train.main(["--resume", "run"])
+    Path("own.jsonl").write_text(lines)
+    damaged = Path("run/checkpoints/1/policy.safetensors")
+    weights = damaged.read_bytes()
+    damaged.write_bytes(weights[:-100])
+    with pytest.raises(InputError, match="run/checkpoints/1 is damaged .*: delete it to go on from the one before"):
+        train.main(["--resume", "run"])
+    damaged.write_bytes(weights)
+    assert Path("run/metrics.jsonl").read_bytes() == log   # nothing of this has touched the log
+    # The options for memory may change, and what is as it was may be said again.
+    train.main(["--resume", "run", "--micro-tokens", "100", "--sample-tokens", "50", "--temperature", "1.0", "--out", "run"])
+    assert [row["step"] for row in rows_of(Path("run"))] == [0, 1, 2]
+
+
+def test_a_checkpoint_runs_no_code(folder):
+    """A pickle that would run code is refused, by weights_only=True."""
+    class Harmful:
+        def __reduce__(self):
+            return os.mkdir, ("harm",)
+
+    train.main([*FLAGS, "--steps", "1", "--iterations", "1", "--out", "run"])
+    Path("run/summary.json").unlink()
+    torch.save({"optimizer": Harmful()}, "run/checkpoints/1/state.pt")
+    with pytest.raises(InputError, match="is damaged"):
+        train.main(["--resume", "run"])
+    assert not Path("harm").exists()
+
+
+# --- Kills and signals ------------------------------------------------------------------------------
+
+def killed_at(moment, folder):
+    """Start the run, and kill it: at a share of its usual time, or as it writes the checkpoint of that number."""
+    process = command(*FLAGS, "--out", "run", cwd=folder)
+    for line in process.stdout:
+        if "the run goes to run" in line:
+            break
+    begin, unfinished, saves, was = time.perf_counter(), folder / "run" / "checkpoints" / "unfinished", 0, False
+    while process.poll() is None:
+        now = unfinished.exists()
+        saves, was = saves + (now and not was), now
+        if (saves == moment if isinstance(moment, int) else time.perf_counter() - begin > moment):
+            break
+    process.kill()
+    process.communicate()
+    return process.returncode
+
+
+# Seconds after the start (a run takes about three on two cores), or the number of a checkpoint (1: that of step 0).
+MOMENTS = [0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 1, 2, 3, 4, 5]
+
+
+def kill_and_resume(moment, folder, straight):
+    status = killed_at(moment, folder)
+    whole = sorted(path.name for path in (folder / "run").glob("checkpoints/*[0-9]"))
+    resume("run")
+    print(f"killed at {moment} (status {status}), whole checkpoints {whole}")
+    assert_same(final_state(folder / "run"), straight[1])
+    assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["12", "9"]
+
+
+@pytest.mark.parametrize("moment", [0.1, 1.0, 2])
+def test_a_killed_run_becomes_the_run_that_would_have_been(moment, folder, straight):
+    kill_and_resume(moment, folder, straight)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_killed_at_any_moment(moment, folder, straight):
+    kill_and_resume(moment, folder, straight)
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folder, straight):
+    process = command(*FLAGS, "--out", "run", "--save-every", "0")
+    for line in process.stdout:
+        if re.match(r" +4 ", line):   # the fourth step has been printed
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors
+    assert "stopped; to go on: python train.py --resume run" in errors
+    (saved,) = Path("run/checkpoints").iterdir()
+    assert 3 <= int(saved.name) < 12
+    resume("run")
+    weights, expected = load_file("run/model.safetensors"), straight[1]["weights"][2]
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+    assert [row["step"] for row in rows_of(Path("run"))] == list(range(13))
+
+
+SLOW_UPDATE = """
+import signal, sys, time
+sys.path.insert(0, sys.argv.pop())
+import eval, train
+train.update = lambda *_: (print("in the update", flush=True), time.sleep(60))
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, train.on_signal)
+eval.run_cli(train.main)
+"""
+
+
+def test_the_second_ctrl_c_ends_the_process_at_once(folder):
+    Path("slow.py").write_text(SLOW_UPDATE)
+    process = subprocess.Popen([sys.executable, "-u", "slow.py", *FLAGS, "--out", "run", str(ROOT)], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if "in the update" in line:
+            break
+    process.send_signal(signal.SIGINT)
+    for line in process.stderr:
+        if "once more" in line:
+            break
+    assert process.poll() is None   # it waits for the update
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=10)
+    assert process.returncode == -signal.SIGINT
+
+
+# --- Disk, memory, numbers --------------------------------------------------------------------------
+
+def test_a_save_on_a_full_disk_leaves_the_checkpoints_before_whole(folder, straight, capsys):
+    """A limit on the size of a file takes the place of the full disk: from step 7 on nothing large can be written."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    reward, calls = train.load_reward("own.py:random_reward"), []
+
+    def filling(**arguments):
+        calls.append(1)
+        if len(calls) == 7:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, old[1]))
+        return reward(**arguments)
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "load_reward", lambda name: filling)
+            with pytest.raises(OSError, match="the checkpoint of step 9 could not be written: .*File too large"):
+                train.main([*FLAGS, "--out", "run"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert len(calls) == 9 and sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["3", "6"]
+    assert "python train.py --resume run" in capsys.readouterr().err
+    train.main(["--resume", "run"])
+    assert_same(final_state(Path("run")), straight[1])
+
+
+@pytest.mark.parametrize("function, phase, saved", [
+    ("sample_problems", "sampling of step 1", ["0"]), ("update", "update of step 1", ["0"]), ("evaluate", "evaluation after step 0", [])])
+def test_out_of_memory_names_the_phase_and_what_helps(function, phase, saved, folder, monkeypatch, capsys):
+    def full(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train, function, full)
+    with pytest.raises(InputError, match=f"out of memory in the {phase}, peak 0.0 GB: lower") as error:
+        train.main([*FLAGS, "--out", "run", "--save-every", "1"])
+    for flag in ("--sample-tokens", "--micro-tokens", "--group-size", "--activation-checkpointing"):
+        assert flag in str(error.value)
+    assert "\n" not in str(error.value) and "python train.py --resume run" in capsys.readouterr().err
+    assert [path.name for path in Path("run").glob("checkpoints/*")] == saved
+    monkeypatch.undo()
+
+
+def spoiled(row, function):
+    """token_logprobs or loss, in which one completion has become nan."""
+    def spoil(model, rows, *rest):
+        logp, *others = function(model, rows, *rest)
+        return logp.masked_fill((torch.tensor(rows) == row)[:, None], float("nan")), *others
+    return spoil
+
+
+@pytest.mark.parametrize("case, phase, blamed", [
+    ("warm-up", "step [2-9] of the warm-up", None), ("log-prob", "reference pass of step 1", [5]),
+    ("update", "update of step 1", [5]), ("gradient", "update of step 1", list(range(24))),
+    ("sampler", "sampling of step 2", None)])
+def test_numbers_that_are_not_finite_end_the_run_and_are_saved(case, phase, blamed, folder, monkeypatch):
+    texts, original = [], train.sample_and_score
+    monkeypatch.setattr(train, "sample_and_score", lambda *rest: (batch := original(*rest), texts.append(batch.texts))[0])
+    flags = []
+    if case == "warm-up":
+        flags = ["--sft-lr", "1e18"]
+    elif case in ("log-prob", "update"):
+        good = train.score_rows
+        flags = ["--kl-beta", "0"] if case == "update" else []
+        monkeypatch.setattr(train, "score_rows", lambda model, rows, *rest: (
+            spoiled(5, good) if texts else good)(model, rows, *rest))
+    elif case == "gradient":
+        monkeypatch.setattr(train, "grpo_loss", lambda *rest, loss=train.grpo_loss: (
+            loss(*rest)[0] * float("inf"), loss(*rest)[1]))
+    else:
+        flags = ["--lr", "1e18"]
+    with pytest.raises(FloatingPointError, match=f"inf or nan in the {phase}, first with question '") as error:
+        train.main([*FLAGS, *flags, "--out", "run"])
+    found = json.loads(Path("run/not-finite.json").read_text())
+    assert re.fullmatch(phase, found["phase"]) and found["completions"] and "\n" not in str(error.value)
+    assert all(re.fullmatch(r"[-+0-9]+", question) for question, text in found["completions"])
+    if blamed:
+        assert [text for _, text in found["completions"]] == [texts[0][row] for row in blamed]
+    steps = [row["step"] for row in rows_of(Path("run"))] if Path("run/metrics.jsonl").exists() else []
+    assert steps == {"warm-up": [], "sampler": [0, 1]}.get(case, [0])   # the step is not in the log, and not skipped
+    assert [path.name for path in Path("run").glob("checkpoints/*")] == ([] if case == "warm-up" else ["0"])
