@@ -3,8 +3,8 @@
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
 
-train.py imports from here, so training and evaluation share prompts, sampler and grader. Every accuracy
-stands beside its n and 95% interval in the table: with 200 questions, up to 7 points either way.
+train.py imports from here, so training and evaluation share prompts, sampler and grader. In the table every
+accuracy has its n and 95% interval: with 200 questions, up to 7 points either way.
 """
 
 import argparse
@@ -104,7 +104,7 @@ def fetch(url, sha256, name):
 
 def read_problems(path):
     """Problems of a file of JSON lines: question (or problem), answer ("2", or "work #### 2"). Or InputError."""
-    problems, unpaid = [], []
+    problems = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         try:
             if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
@@ -128,12 +128,12 @@ def read_problems(path):
         # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer as we ask for it.
         gold, work = final_answer(answer), re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
         problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else "", line=number))
-        if not is_equivalent(gold, gold):
-            unpaid.append(number)
+    unpaid = [problem.line for problem in problems if not is_equivalent(problem.answer, problem.answer)]
     if len(unpaid) == len(problems):
         raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
     if unpaid:
-        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} lines, as {unpaid[:9]}: no or too long an answer")
+        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions: no answer, or too long, in lines "
+              f"{unpaid[:9]}")
     return problems
 
 def load_problems(name, split, request=None):

@@ -76,7 +76,7 @@ def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
     assert [problem.answer for problem in problems][:5] == ["1", "", "", ".", ""] and len(problems) == len(answers)
     paid = [accuracy_reward(f"\\boxed{{{problem.answer}}}", problem.answer) for problem in problems]
     assert paid == [1, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert f"{path}: no reward for 6 of 9 questions, as in lines [2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
+    assert f"{path}: no reward for 6 of 9 questions: no answer, or too long, in lines [2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
 
 
 # A line of each set as it is published, in words of our own.

@@ -128,7 +128,7 @@ def test_two_checkpoints_are_kept_and_the_time_goes_on(folder):
     Path("run/summary.json").unlink()   # as if the process had been killed just before it was written
     state = torch.load("run/checkpoints/12/state.pt", weights_only=True)
     torch.save({**state, "seconds": 1000.0}, "run/checkpoints/12/state.pt")
-    resume("run")
+    train.main(["--resume", "run"])
     after = json.loads(Path("run/summary.json").read_text())
     assert 1000 < after["seconds"] < 1060 and before["after"] == after["after"] and before["before"] == after["before"]
 
@@ -239,7 +239,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folde
     assert "stopped; to go on: python train.py --resume run" in errors
     (saved,) = Path("run/checkpoints").iterdir()
     assert 3 <= int(saved.name) < 12
-    resume("run")
+    train.main(["--resume", "run"])
     weights, expected = load_file("run/model.safetensors"), straight[1]["weights"][2]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [row["step"] for row in rows_of(Path("run"))] == list(range(13))
