@@ -464,7 +464,7 @@ def main(argv):
         (out / "run.json").write_text(json.dumps({
             "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; the run goes to {out}")
+    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; from step {max(0, run.step)}, the run goes to {out}")
     print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name

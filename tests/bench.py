@@ -15,10 +15,12 @@ import importlib.metadata
 import json
 import multiprocessing
 import random
+import resource
 import statistics
 import string
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
@@ -71,13 +73,29 @@ def make_inputs(folder, case):
         "".join(json.dumps({"question": line, "answer": "1"}) + "\n" for line in lines))
 
 
+def clock():
+    """Seconds; on a GPU only after it has finished what was asked of it."""
+    import torch
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def peak_memory(device):
+    """The largest memory so far in GB: allocated on a GPU, else that of the process."""
+    import torch
+    if str(device).startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
 def run_ours(pipe, folder, case, device, steps):
     """Train with train.py; before each step wait for a word, after it send its figures."""
     import train
 
     def report(metrics):
         pipe.send(dict(sample=metrics["t_sample"] + metrics["t_reward"], ref=metrics["t_ref"],
-                       update=metrics["t_update"], generate=metrics["t_sample"], memory=metrics["mem_gb"],
+                       update=metrics["t_update"], generate=metrics["t_sample"], memory=peak_memory(device),
                        tokens=round(metrics["length"] * case["B"] * case["G"])))
         pipe.recv()
 
@@ -86,7 +104,7 @@ def run_ours(pipe, folder, case, device, steps):
                 "--reward", f"{__file__}:parity", "--out", str(folder / "ours"), "--device", device,
                 "--questions", str(case["B"]), "--group-size", str(case["G"]), "--max-new-tokens", str(case["T"]),
                 "--steps", str(steps), "--micro-tokens", str(case["micro"]), "--eval-limit", "1",
-                "--eval-samples", "1", "--eval-every", "0", "--show-every", "0"])
+                "--eval-samples", "1", "--eval-every", "0", "--show-every", "0", "--save-every", "0"])
 
 
 def run_trl(pipe, folder, case, device, steps):
@@ -94,24 +112,23 @@ def run_trl(pipe, folder, case, device, steps):
     import datasets
     import transformers
     from trl import GRPOConfig, GRPOTrainer
-    from train import clock, peak_memory
     cpu, N, t = device == "cpu", case["B"] * case["G"], {}
     rows_at_once = max(n for n in range(1, N + 1) if N % n == 0 and n * (LONGEST_PROMPT + case["T"]) <= case["micro"])
 
     def timed(name, function):
         def call(*args, **kwargs):
-            start = clock(trainer.model.device)
+            start = clock()
             result = function(*args, **kwargs)
-            t[name] += clock(trainer.model.device) - start
+            t[name] += clock() - start
             return result
         return call
 
     class Turns(transformers.TrainerCallback):
         def on_step_begin(self, *args, **kwargs):
-            t.update(start=clock(trainer.model.device), scored=0.0, ref=0.0, generate=0.0)
+            t.update(start=clock(), scored=0.0, ref=0.0, generate=0.0)
 
         def on_step_end(self, *args, **kwargs):
-            whole = clock(trainer.model.device) - t["start"]
+            whole = clock() - t["start"]
             pipe.send(dict(sample=t["scored"] - t["ref"], ref=t["ref"], update=whole - t["scored"],
                            generate=t["generate"], tokens=t["tokens"], memory=peak_memory(trainer.model.device)))
             pipe.recv()
@@ -202,16 +219,15 @@ def limits(case, device):
     """Seconds that sampling, reference and update take on paper: bytes over the rate at which this machine copies,
     operations over that at which it multiplies matrices, in bf16 on a GPU and float32 on a CPU."""
     import torch
-    from train import clock
     dtype, size, n = (torch.bfloat16, 2, 8192) if device == "cuda" else (torch.float32, 4, 2048)
     device = torch.device(device)
 
     def fastest(work):
         spans = []
         for _ in range(10):
-            start = clock(device)
+            start = clock()
             work()
-            spans.append(clock(device) - start)
+            spans.append(clock() - start)
         return min(spans)
 
     a, b = torch.ones(2, n, n, dtype=dtype, device=device)

@@ -113,6 +113,20 @@ def test_five_steps_and_seven_are_twelve_steps(mu, folder, straight):
     assert_same(final_state(Path("run")), straight[mu])
 
 
+def test_what_a_gpu_keeps_in_bf16_is_resumed_as_well(folder, monkeypatch):
+    """The copy that samples and the reference, on a CPU."""
+    monkeypatch.setattr(train, "pick_device", lambda name: (torch.device("cpu"), True))
+    train.main([*FLAGS, "--out", "straight"])
+    train.load_reward.cache_clear()
+    Path("stop_at").write_text("6")
+    with pytest.raises(InputError, match="stopped on purpose"):
+        train.main([*FLAGS, "--out", "run"])
+    Path("stop_at").unlink()
+    train.main(["--resume", "run"])
+    assert_same(final_state(Path("run")), final_state(Path("straight")))
+    assert {weight.dtype for weight in final_state(Path("run"))["weights"][1].values()} == {torch.bfloat16}
+
+
 def test_the_random_numbers_and_both_passes_matter(straight):
     """What the comparison above rests on: rewards vary, weights move, mu = 2 is another run."""
     log = straight[1]["log"]
@@ -186,37 +200,39 @@ def test_a_checkpoint_runs_no_code(folder):
 
 # --- Kills and signals ------------------------------------------------------------------------------
 
-def killed_at(moment, folder):
-    """Start the run, and kill it: at a share of its usual time, or as it writes the checkpoint of that number."""
-    process = command(*FLAGS, "--out", "run", cwd=folder)
-    for line in process.stdout:
-        if "the run goes to run" in line:
-            break
-    begin, unfinished, saves, was = time.perf_counter(), folder / "run" / "checkpoints" / "unfinished", 0, False
+def killed_at(kind, number, folder):
+    """Start the run, and kill it: so many seconds after its beginning, as a line of the log or a checkpoint (the first
+    is that of step 0) is being written, or the model at its end."""
+    process, run = command(*FLAGS, "--out", "run", cwd=folder), folder / "run"
+    next(line for line in process.stdout if "the run goes to run" in line)
+    begin, saves, was, log = time.perf_counter(), 0, False, run / "metrics.jsonl"
     while process.poll() is None:
-        now = unfinished.exists()
+        now = (run / "checkpoints" / "unfinished").exists()
         saves, was = saves + (now and not was), now
-        if (saves == moment if isinstance(moment, int) else time.perf_counter() - begin > moment):
+        if {"seconds": lambda: time.perf_counter() - begin >= number, "save": lambda: saves == number,
+                "line": lambda: log.exists() and log.read_bytes().count(b"\n") > number,
+                "model": (run / "model.safetensors").exists}[kind]():
             break
     process.kill()
     process.communicate()
     return process.returncode
 
 
-# Seconds after the start (a run takes about three on two cores), or the number of a checkpoint (1: that of step 0).
-MOMENTS = [0.0, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 1, 2, 3, 4, 5]
+MOMENTS = [*(("seconds", seconds) for seconds in (0.0, 0.3, 0.6, 0.9)), *(("save", number) for number in (1, 2, 3, 4, 5)),
+           *(("line", number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 10, 11)), ("model", 1)]
 
 
 def kill_and_resume(moment, folder, straight):
-    status = killed_at(moment, folder)
+    status = killed_at(*moment, folder)
+    assert status == -signal.SIGKILL
     whole = sorted(path.name for path in (folder / "run").glob("checkpoints/*[0-9]"))
     resume("run")
-    print(f"killed at {moment} (status {status}), whole checkpoints {whole}")
+    print(f"killed at {moment}, whole checkpoints {whole}")
     assert_same(final_state(folder / "run"), straight[1])
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["12", "9"]
 
 
-@pytest.mark.parametrize("moment", [0.1, 1.0, 2])
+@pytest.mark.parametrize("moment", [("seconds", 0.3), ("save", 3), ("line", 7)])
 def test_a_killed_run_becomes_the_run_that_would_have_been(moment, folder, straight):
     kill_and_resume(moment, folder, straight)
 
@@ -228,7 +244,7 @@ def test_killed_at_any_moment(moment, folder, straight):
 
 
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folder, straight):
+def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folder, straight, capsys):
     process = command(*FLAGS, "--out", "run", "--save-every", "0")
     for line in process.stdout:
         if re.match(r" +4 ", line):   # the fourth step has been printed
@@ -240,6 +256,7 @@ def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folde
     (saved,) = Path("run/checkpoints").iterdir()
     assert 3 <= int(saved.name) < 12
     train.main(["--resume", "run"])
+    assert f"from step {saved.name}, the run goes to run" in capsys.readouterr().out
     weights, expected = load_file("run/model.safetensors"), straight[1]["weights"][2]
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
     assert [row["step"] for row in rows_of(Path("run"))] == list(range(13))
