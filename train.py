@@ -103,10 +103,8 @@ def parse_config(argv):
             group = parser.add_argument_group(meta["group"])
         text = f"{meta['help']} [{'none' if field.default in ('', None) else field.default}"
         text += f"; built-in: {BUILTIN[field.name]}]" if field.name in BUILTIN else "]"
-        if field.type is bool:
-            group.add_argument(flag, action="store_true", default=None, help=text)
-        else:
-            group.add_argument(flag, type=field.type, choices=meta["choices"], metavar="X", help=text)
+        kind = dict(type=field.type, choices=meta["choices"], metavar="X")
+        group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     defaults, run = {} if given.get("model") else BUILTIN, given.get("resume")
     if run:
@@ -340,16 +338,18 @@ def save_checkpoint(run):
         raise OSError(f"the checkpoint of step {run.step} could not be written: {error}")
 
 def load_checkpoint(run):
-    """Put the newest checkpoint into a run, which stays as it is if there is none yet. Raises InputError."""
+    """Put the newest whole checkpoint into a run, which stays as it is if there is none yet."""
     for folder in checkpoints(run)[-1:]:
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            run.optimizer.load_state_dict(state["optimizer"])
-            safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
             if run.reference is not None:
                 safetensors.torch.load_model(run.reference, folder / "reference.safetensors")
+            safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
         except Exception as error:   # a broken file may fail in any way
-            raise InputError(f"{folder} is damaged ({error}): delete it to go on from the one before")
+            print(f"{folder} is damaged ({error}); going on from the one before it")
+            folder.rename(f"{folder}.damaged")
+            return load_checkpoint(run)
+        run.optimizer.load_state_dict(state["optimizer"])
         run.sampler.load_state_dict(run.policy.state_dict())
         run.step, run.scores, run.started = state["step"], state["scores"], run.started - state["seconds"]
     log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps are going to come again
