@@ -66,7 +66,7 @@ CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放�
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
 
-    A worked solution has two habits, and chooses while it can: four times in ten it takes one term ("7+5=12")
+    A worked solution has two habits, and chooses where both can be: four times in ten it takes one term ("7+5=12")
     and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. RL finds out what pays.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
@@ -92,12 +92,12 @@ def fetch(url, sha256, name):
     """Path of a file in the user's cache directory, downloaded on first use. Raises InputError."""
     path = Path(torch.hub.get_dir()) / "minimal-grpo" / name   # below ~/.cache
     try:
-        if not path.exists():   # this writes a file of another name, checks it, and only then gives it the name
+        if not path.exists():   # the download gets its name only when its checksum is right
             path.parent.mkdir(parents=True, exist_ok=True)
             socket.setdefaulttimeout(30)   # seconds; else a server that falls silent would hold us for ever
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise RuntimeError(f"the file that is there has not the SHA-256 {sha256}")
+            raise RuntimeError(f"the file there does not have SHA-256 {sha256}")
     except (OSError, RuntimeError, HTTPException) as error:   # RuntimeError: a wrong checksum
         raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand")
     return path
@@ -109,7 +109,7 @@ def read_problems(path):
         try:
             if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
                 continue
-            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)   # a dict would lose doubles
+            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)   # a dict loses doubles
             if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
                 raise ValueError("no JSON object")
             row = dict(pairs)
@@ -132,8 +132,8 @@ def read_problems(path):
     if len(unpaid) == len(problems):
         raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
     if unpaid:
-        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions: no answer, or too long, in lines "
-              f"{unpaid[:9]}")
+        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions: no answer, or too long, first in "
+              f"lines {unpaid[:9]}")
     return problems
 
 def load_problems(name, split, request=None):
@@ -141,9 +141,9 @@ def load_problems(name, split, request=None):
     known = [f"arithmetic {split}" for split in ARITHMETIC_SPLITS] + list(DOWNLOADS)
     if f"{name} {split}" in DOWNLOADS:
         problems = read_problems(fetch(*DOWNLOADS[f"{name} {split}"], f"{name}-{split}.jsonl"))
-    elif f"{name} {split}" in known:
+    elif name == "arithmetic" and split in ARITHMETIC_SPLITS:
         problems = arithmetic(split)
-    elif Path(name).is_file() and name not in " ".join(known).split():
+    elif Path(name).is_file():
         problems = read_problems(name)
     else:
         raise InputError(f"no problems {name} {split}: take {', '.join(known)} or the path of a JSON-lines file")
@@ -160,13 +160,13 @@ def pick_device(name):
     if name == "cpu" or not cuda:
         return torch.device("cpu"), False
     bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    print("weights for sampling in bf16" if bf16 else "this GPU is older than sm80: float32 everywhere")
+    print("sampling with bf16 weights" if bf16 else "this GPU has no bf16: float32 everywhere")
     return torch.device("cuda"), bf16
 
 def load_model(name, device):
     """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
     try:
-        wrong = "no folder or hub name to load"
+        wrong = "no folder or hub name to load"   # what an exception from here on means
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
@@ -187,11 +187,11 @@ def load_model(name, device):
         wrong = "its chat template fails"
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
         eos_token_ids(model, tokenizer), build_prompt(tokenizer, Problem("1+1?", "2"))
-        wrong = "does not fit; take a decoder with a KV cache, like Qwen"
+        wrong = "does not run here; take a decoder with a KV cache, like Qwen, that fits into memory"
         # Sample groups that end early, and score them again without a cache: the two must agree.
         model = model.to(device).eval()
         ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
-        samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)
+        samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)   # one in 4
         with torch.no_grad():
             logp, _ = token_logprobs(model, *(x.repeat_interleave(2, 0) for x in (ids, ids > 0)), *samples[:2], 1.0)
         if not torch.allclose(logp, samples.logp, rtol=0, atol=1e-2):
@@ -203,7 +203,7 @@ def load_model(name, device):
     return model, tokenizer
 
 def save_model(model, tokenizer, folder):
-    """Write a folder for from_pretrained, without sampling settings that came along: some cannot be saved."""
+    """Write a folder for from_pretrained, without its sampling settings: save_pretrained refuses some."""
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(eos_token_ids(model, tokenizer)), pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(folder)
@@ -249,7 +249,7 @@ def fitting(model, tokenizer, problems, max_new_tokens):
         raise InputError(f"no prompt fits into {limit}: lower it")
     if not all(fits):
         lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
-        print(f"skipped {len(lines)} of {len(problems)} questions, longer than {limit}, in lines {lines[:9]}")
+        print(f"skipped {len(lines)} of {len(problems)} questions, longer than {limit}, first in lines {lines[:9]}")
     return [problem for problem, fit in zip(problems, fits) if fit]
 
 def pad(tokenizer, rows, side, device):
@@ -273,7 +273,7 @@ def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temp
 # --- 3. Accuracy ------------------------------------------------------------------------------------
 def interval(scores):
     """95% interval of the mean of one score in [0, 1] per question, as (low, high).
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean -+ 1.96 standard errors.
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean +- 1.96 standard errors.
     The K samples of a question depend on each other, so their mean is one score: n counts questions.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
@@ -374,7 +374,7 @@ def main(argv):
         for row in [row for rows in records.values() for row in rows if row["verdict"] == verdict][:1]:
             print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
     out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, records=records)))
-    print(f"all of it is in {out}")
+    print(f"all of it has been written to {out}")
 
 if __name__ == "__main__":
     run_cli(main)

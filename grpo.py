@@ -237,30 +237,6 @@ def _logp_and_entropy(head, states, targets, temperature):
     entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # - sum p log p; mul_ saves an (m, V)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
 
-def micro_batches(rows, prompt_mask, mask, limit):
-    """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
-
-    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
-    model only once. Sorted by the length of the completions, so that little of them is padding.
-    """
-    G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
-    cuts = [[]]
-    for row in sorted(rows, key=lambda row: t[row]):
-        together = cuts[-1] + [row]   # of these `row` is the longest
-        if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
-            cuts.append([])
-        cuts[-1].append(row)
-    return cuts
-
-def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """logp, entropy and mask, each (n, t), of n rows. Prompts go through once, columns of padding alone do not."""
-    rows, G = torch.tensor(rows, device=mask.device), len(mask) // len(prompt_mask)
-    prompts, question = torch.unique(rows // G, return_inverse=True)   # prompts[question] is rows // G
-    p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
-    mask = mask[rows, :t]
-    return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
-                           mask, temperature, question), mask
-
 @torch.no_grad()
 def head_is_plain(model):
     """Whether the model's logits are its output embedding applied to its base model's output, nothing else.
@@ -278,6 +254,30 @@ def head_is_plain(model):
             logits = model(input_ids=ids, use_cache=False).logits
         model._head_is_plain = ((logits - expected).abs().max() < 1e-3 * expected.abs().max()).item()
     return model._head_is_plain
+
+def micro_batches(rows, prompt_mask, mask, limit):
+    """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
+
+    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
+    model only once. Sorted by the length of the completions, so that little of them is padding.
+    """
+    G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
+    cuts = [[]]
+    for row in sorted(rows, key=lambda row: t[row]):
+        together = cuts[-1] + [row]   # of these `row` is the longest
+        if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
+            cuts.append([])
+        cuts[-1].append(row)
+    return cuts
+
+def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
+    """logp, entropy and mask, each (n, t), of rows by number. Prompts go through once, mere padding not at all."""
+    rows, G = torch.tensor(rows, device=mask.device), len(mask) // len(prompt_mask)
+    prompts, question = torch.unique(rows // G, return_inverse=True)   # prompts[question] is rows // G
+    p, t = prompt_mask[prompts].sum(dim=1).max(), mask[rows].sum(dim=1).max()
+    mask = mask[rows, :t]
+    return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
+                           mask, temperature, question), mask
 
 # --- 3. Advantages ----------------------------------------------------------------------------------
 def outcome_advantages(rewards, scale="std"):
@@ -363,8 +363,8 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
 
     logp, logp_old, logp_ref, mask: (N, T); logp_ref may be None if kl_beta is 0. advantages: (N,), (N, 1)
     or (N, T). aggregate: "sequence" as above, "token" or "constant" (see `loss_denominator`).
-    Returns (loss, diagnostics): a scalar, and means over this call's tokens as detached scalars: kl,
-    and clip_share, the share of tokens whose gradient the clip took away.
+    Returns (loss, diagnostics): a scalar, and means over this call's tokens as detached scalars: kl (with logp_ref
+    only), and clip_share, the share of tokens whose gradient the clip took away.
     Raises ValueError if the KL term lacks its reference or the shapes do not fit.
     TRAP: cut into micro-batches, each must be divided by the denominator of the whole batch, passed in
     as `denominator`, and the losses summed; a mean of means depends on the cut

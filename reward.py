@@ -7,9 +7,9 @@ cleaned, parsed and compared; text of a model is never run as code, and every te
 Conventions, each a choice (change one, and the tests will tell you what moved):
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # a box before a tag before ####, then the last
 '2'
->>> accuracy_reward("The answer is 18.", "18"), is_equivalent("18 or 20", "18")   # nothing for a bare number, a hedge
+>>> accuracy_reward("The answer is 18.", "18"), is_equivalent("18 or 20", "18")   # no pay for a bare number, a hedge
 (0.0, False)
->>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # % may go, not come
+>>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # no % may be missing
 ([True, True, True], False)
 >>> is_equivalent(r"2 \cdot 3^2", "18"), is_equivalent("9+9", "18")   # a product or sum equals its value
 (True, True)
@@ -38,6 +38,9 @@ MAX_LENGTH = 300   # characters of an answer after the clean-up
 MAX_DEPTH = 40     # expressions within expressions
 MAX_ITEMS = 50     # of a list
 MAX_BITS = 1000    # of numerator and denominator together
+
+class InputError(Exception):
+    """Something that the user can mend; the text says what and how. The command line prints it as one line."""
 
 # --- 1. Extraction ------------------------------------------------------------------------------------
 def extract_answer(completion):
@@ -73,7 +76,7 @@ _MACROS = {" ": " ", **{name: new for new, names in {   # x \in S is read as x =
     "": "left right displaystyle !", " ": "quad qquad text mathrm mathbf boldsymbol , ; :", "*": "times cdot",
     "\\frac": "dfrac tfrac cfrac", "/": "div", "=": "in", "<": "lt", ">": "gt", "<=": "le leq leqslant",
     ">=": "ge geq geqslant", "°": "circ degree", "%": "%"}.items() for name in names.split()}}
-_REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order, each with an example
+_REWRITES = [(re.compile(pattern), new) for pattern, new in [   # in this order, most with an example
     (r"^\\[(\[](.*)\\[)\]]$", r"\1"),                                                      # \(18\)
     # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"\\(?:text[a-z]*|mbox|math(?:rm|bf)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
@@ -303,7 +306,7 @@ def is_equivalent(answer, gold):
     return any(_TOKEN.findall(a) == _TOKEN.findall(b) or parse(a) and parse(b) and _same(parse(a), parse(b))
                for a, b in pairs)   # the same text, but for spaces, or the same value
 
-# --- 5. Rewards ---------------------------------------------------------------------------------------
+# --- 5. Rewards and votes ---------------------------------------------------------------------------------------
 def accuracy_reward(completion, gold):
     r"""1.0 if the marked answer of `completion` is equivalent to `gold`, else (and if either is missing) 0.0.
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18"), accuracy_reward(None, "18")
@@ -340,9 +343,6 @@ def accuracy_rewards(prompts, completions, answer, **kwargs):
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [accuracy_reward(text, final_answer(gold)) for text, gold in zip(texts, answer, strict=True)]
 
-class InputError(Exception):
-    """Something that the user can mend; the text says what and how. The command line prints it as one line."""
-
 @functools.cache   # a user's file is run once
 def load_reward(name):
     """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
@@ -353,7 +353,7 @@ def load_reward(name):
         raise InputError(f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards in reward.py")
 
 def score_texts(reward, problems, texts):
-    """Rewards of N completions, each with its problem. Raises InputError with the first that has none."""
+    """Rewards of N completions, each with its Problem of eval.py. Raises InputError with the first that has none."""
     questions, answers = [problem.question for problem in problems], [problem.answer for problem in problems]
     try:
         rewards = [*map(float, reward(prompts=questions, completions=texts, answer=answers))]
@@ -363,7 +363,7 @@ def score_texts(reward, problems, texts):
     except Exception as error:   # a user's function may fail in any way
         if len(texts) == 1:
             raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
-        for problem, text in zip(problems, texts):   # of which completion?
+        for problem, text in zip(problems, texts):   # one by one, to find the one to blame
             score_texts(reward, [problem], [text])
         raise InputError(f"--reward: {error!r}; not of any one completion")
 
@@ -381,11 +381,11 @@ def step_rewards(completion):
         text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)                                   # 3 x 4
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)   # 3 cups + 2 cups = 5 cups
-        # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % makes words of them.
+        # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % drops them.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):   # cut at words and odd signs
-            sides = [side.strip() for side in chain.split("=")]   # 3*4 = 12 = 24/2; one that begins with + is a rest
+            sides = [side.strip() for side in chain.split("=")]   # 3*4 = 12 = 24/2; +5 = 9 is half of a chain
             if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(parse, sides)):
                 checks += map(_holds, sides, sides[1:])
         if checks:

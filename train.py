@@ -1,11 +1,11 @@
-"""Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath, by right or wrong answers.
+"""Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath.
 
     python train.py                                        a tiny model on built-in problems; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
     python train.py --resume runs/gsm8k-0                  a run that was stopped or killed goes on
 
-All take the same way through this file: options, models, (supervised warm-up), evaluation, the loops of
-Algorithm 1 in `train`, evaluation. A run is a folder that transformers can load.
+All take the same way through this file: options, model and problems, (supervised warm-up), then `train`, the
+loops of Algorithm 1 with evaluations before, between and after. A run is a folder that transformers can load.
 """
 
 import copy
@@ -32,12 +32,12 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from eval import (SAMPLE_TOKENS, VERSIONS, InputError, Parser, build_prompt, evaluate, fitting, load_model,
-                  load_problems, pad, pick_device, run_cli, sample_problems, save_model)
+from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, load_model, load_problems,
+                  pad, pick_device, run_cli, sample_problems, save_model)
 from grpo import bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, score_rows
-from reward import load_reward, score_texts
+from reward import InputError, load_reward, score_texts
 
-# --- 1. Options: one dataclass, and one dict of what differs for the built-in problems ---------------
+# --- 1. Options: one dataclass, and one dict of what differs without a --model -----------------------
 def opt(default, help, least=None, above=None, choices=None, group=None):
     """A field of Config: its default, a line of help, its bounds; `group` starts a new group in --help."""
     return dataclasses.field(default=default, metadata=locals())
@@ -49,7 +49,7 @@ class Config:
     reward: str = opt("", "FILE.py:FUNCTION, called like accuracy_rewards of reward.py; none: that one")
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
-    resume: str = opt("", "folder of a run to go on with, with its own options; only those for memory may change")
+    resume: str = opt("", "run to go on with; only sample-tokens, micro-tokens, activation-checkpointing may change")
     save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only when stopped", least=0)
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
@@ -95,7 +95,7 @@ BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60,
                sft_steps=1000, sft_lr=4e-3, eval_every=20, show_every=20)
 
 def parse_config(argv):
-    """Config of a command line: what is given, else BUILTIN if it applies, else the default. Or InputError."""
+    """Config of a command line: what is given, else that of the resumed run, BUILTIN, the default. Or InputError."""
     parser = Parser(prog="train.py", description=__doc__.splitlines()[0], allow_abbrev=False)
     for field in dataclasses.fields(Config):
         meta, flag = field.metadata, "--" + field.name.replace("_", "-")
@@ -106,7 +106,7 @@ def parse_config(argv):
         kind = dict(type=field.type, choices=meta["choices"], metavar="X")
         group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
-    defaults, run = {} if given.get("model") else BUILTIN, given.get("resume")
+    defaults, run = ({} if given.get("model") else BUILTIN), given.get("resume")
     if run:
         try:
             defaults = dataclasses.asdict(Config(**json.loads(Path(run, "run.json").read_text())["config"]))
@@ -146,7 +146,7 @@ def make_tiny_model(seed, device):
         bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(device), tokenizer
 
 def gather_problems(config, model, tokenizer):
-    """(training problems, those with solutions for the warm-up, held-out ones by split: "in" or longer, "out")."""
+    """(training problems, those with solutions for the warm-up, held-out ones: a dict of "in", "out" or names)."""
     def load(name, split):
         return fitting(model, tokenizer, load_problems(name, split, config.request), config.max_new_tokens)
     problems = load(config.problems, "train")
@@ -168,39 +168,26 @@ def gather_problems(config, model, tokenizer):
         raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none, so leave it out")
     return problems, worked, {split: rows[:config.eval_limit] for split, rows in held_out.items()}
 
-# --- 3. Batches, and the supervised warm-up ---------------------------------------------------------
-class Batch(NamedTuple):
-    """The completions of one step, N = B * G rows, question-major. The first four fields are for `score_rows`."""
-    prompt_ids: torch.Tensor       # (B, P)
-    prompt_mask: torch.Tensor      # (B, P)
-    completion_ids: torch.Tensor   # (N, T) from here on the fields of Samples
-    mask: torch.Tensor             # (N, T)
-    logp_sampler: torch.Tensor     # (N, T)
-    truncated: torch.Tensor        # (N,)
-    rewards: torch.Tensor          # (B, G)
-    advantages: torch.Tensor       # (N,)
-    texts: list                    # N strings
-    t_reward: float                # seconds that the reward took
-
+# --- 3. Optimizer steps, and the supervised warm-up --------------------------------------------------
 def learning_rate(step, steps, peak, warmup, end):
-    """Of step 0, 1, ...: up linearly to `peak` in `warmup` steps, then down linearly to `end * peak`."""
+    """That of step 0, 1, ...: up linearly to `peak` in `warmup` steps, then down linearly to `end * peak`."""
     if step < warmup:
         return peak * (step + 1) / warmup
     return peak * (1 - (1 - end) * (step - warmup) / max(1, steps - 1 - warmup))
 
 def demand_finite(run, values, rows):
-    """Raise FloatingPointError unless the values, (n, ...), of n rows are finite; before, save what is to blame."""
+    """Unless the values, (n, t), of these rows of run.rows are finite, save what is not: FloatingPointError."""
     bad = [run.rows[row] for row, finite in zip(rows, values.isfinite().all(dim=-1).tolist()) if not finite]
     if bad:
         (run.out / "not-finite.json").write_text(json.dumps({"phase": run.phase, "completions": bad}, indent=1))
         raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
-                                 f"{run.out / 'not-finite.json'}, and try a lower --lr or --max-grad-norm")
+                                 f"{run.out / 'not-finite.json'}; a new run with a lower --lr may do better")
 
 def optimizer_step(run, optimizer, lr, max_grad_norm):
     """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
     (group,) = optimizer.param_groups
     norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-    demand_finite(run, norm.expand(len(run.rows), 1), range(len(run.rows)))   # a nan would go into all weights now
+    demand_finite(run, norm.expand(len(run.rows), 1), range(len(run.rows)))   # one of all rows: nobody knows which
     group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad()
@@ -233,22 +220,35 @@ def warm_up(run, problems, config, autocast):
     policy.eval()
 
 # --- 4. One step of GRPO ----------------------------------------------------------------------------
-def sample_and_score(sampler, tokenizer, problems, config):
+class Batch(NamedTuple):
+    """The completions of one step, N = B * G rows, question-major. The first four fields are for `score_rows`."""
+    prompt_ids: torch.Tensor       # (B, P)
+    prompt_mask: torch.Tensor      # (B, P)
+    completion_ids: torch.Tensor   # (N, T) this and the next three: the fields of Samples
+    mask: torch.Tensor             # (N, T)
+    logp_sampler: torch.Tensor     # (N, T)
+    truncated: torch.Tensor        # (N,)
+    rewards: torch.Tensor          # (B, G)
+    advantages: torch.Tensor       # (N,)
+    texts: list                    # N strings
+    t_reward: float                # seconds that the reward took
+
+def sample_and_score(run, problems, config):
     """G completions for each of B problems, their rewards and their advantages."""
     prompt_ids, prompt_mask, samples, texts = sample_problems(
-        sampler, tokenizer, problems, config.group_size, config.max_new_tokens, config.temperature,
+        run.sampler, run.tokenizer, problems, config.group_size, config.max_new_tokens, config.temperature,
         config.sample_tokens)
     start = time.perf_counter()   # the texts are there, so a GPU has finished
     rows = [problem for problem in problems for _ in range(config.group_size)]   # question-major, as the texts are
     rewards = torch.tensor(score_texts(load_reward(config.reward), rows, texts)).view(len(problems), -1)   # (B, G)
     if config.shuffle_rewards:
         rewards = torch.stack([group[torch.randperm(len(group))] for group in rewards])
-    advantages = outcome_advantages(rewards, config.scale_rewards).flatten().to(sampler.device)   # (N,)
+    advantages = outcome_advantages(rewards, config.scale_rewards).flatten().to(prompt_ids.device)   # (N,)
     return Batch(prompt_ids, prompt_mask, *samples, rewards, advantages, texts, time.perf_counter() - start)
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns means: of gap and entropy over the tokens of `cuts`, first pass only;
-    of kl and clip_share over the tokens in the loss, all passes; of loss and grad_norm over the passes.
+    """mu optimizer steps on one batch. Returns means: gap and entropy over the tokens of `cuts` in the first pass;
+    kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
 
     cuts: micro-batches; logp_ref: the reference's log-probs of each, or None. In the first pass the weights are
     still those that sampled, so its log-probs are logp_old, and later passes reuse them.
@@ -288,22 +288,22 @@ COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncat
                kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e",
                tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
 
-def print_metrics(metrics):
-    """One line of fixed columns, a heading above every twentieth."""
-    if metrics["step"] % 20 == 1:
+def print_metrics(metrics, heading):
+    """One line of fixed columns, with or without a heading above."""
+    if heading:
         print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in COLUMNS.items()))
     print(" ".join(format(metrics[name], spec) for name, spec in COLUMNS.items()), flush=True)
     if metrics["truncated"] > 0.5:
         print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 
 # --- 6. Checkpoints and signals ---------------------------------------------------------------------
-STOP = {"signal": 0, "at once": True}
+STOP = {"signal": 0, "at once": True}   # the signal that came; may it end the run at once, or only after the step?
 
 def on_signal(number, frame):
-    """Ctrl-C and SIGTERM end a run: at once, or after the step while weights and log do not belong together."""
+    """Ctrl-C and SIGTERM end a run: at once, or after the step if weights and log do not fit together now."""
     signal.signal(number, signal.SIG_DFL)   # the second one ends the process
     STOP["signal"] = number
-    os.write(2, b"\nstopping; once more: without saving\n")   # print may be in use
+    os.write(2, b"\nstopping; again: at once, without saving\n")   # print is not safe here
     if STOP["at once"]:
         sys.exit(128 + number)
 
@@ -314,7 +314,7 @@ def checkpoints(run):
 def save_checkpoint(run):
     """Write out/checkpoints/<step>, whole or not at all, and keep the last two. Raises OSError.
 
-    The learning rate, the order of the problems and all random numbers follow from the step and the seed.
+    The learning rate, the order of the problems and all random numbers follow from step and seed: not saved.
     """
     folder, unfinished = (run.out / "checkpoints" / name for name in (str(run.step), "unfinished"))
     if folder.exists():
@@ -332,13 +332,13 @@ def save_checkpoint(run):
                 os.fsync(file.fileno())   # onto the disk, before the name says that it is whole
         unfinished.rename(folder)
         for old in checkpoints(run)[:-2]:
-            shutil.rmtree(old.rename(unfinished))
+            shutil.rmtree(old.rename(unfinished))   # so that a half-deleted one never looks whole
     except Exception as error:   # OSError, RuntimeError or SafetensorError, if the disk is full
         shutil.rmtree(unfinished, ignore_errors=True)
         raise OSError(f"the checkpoint of step {run.step} could not be written: {error}")
 
 def load_checkpoint(run):
-    """Put the newest whole checkpoint into a run, which stays as it is if there is none yet."""
+    """Put the newest whole checkpoint, if there is one yet, into a run, and cut its log back to that step."""
     for folder in checkpoints(run)[-1:]:
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -346,50 +346,50 @@ def load_checkpoint(run):
                 safetensors.torch.load_model(run.reference, folder / "reference.safetensors")
             safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
         except Exception as error:   # a broken file may fail in any way
-            print(f"{folder} is damaged ({error}); going on from the one before it")
+            print(f"{folder} is damaged ({error}), and put aside")
             folder.rename(f"{folder}.damaged")
             return load_checkpoint(run)
         run.optimizer.load_state_dict(state["optimizer"])
         run.sampler.load_state_dict(run.policy.state_dict())
         run.step, run.scores, run.started = state["step"], state["scores"], run.started - state["seconds"]
-    log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps are going to come again
+    log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps will be written again
     if log.exists():
         os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:run.step + 1])))
 
-# --- 7. Algorithm 1 ---------------------------------------------------------------------------------
+# --- 7. Algorithm 1, and the run --------------------------------------------------------------------
 def train(run, problems, held_out, config, autocast):
-    """The loops over iterations and steps, in one, which a resumed run enters where it was. Writes metrics.jsonl."""
+    """The loops over iterations and steps, as one, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
 
     def finish_step(row):
-        """Evaluate if it is time to, write the log, and perhaps a checkpoint."""
-        step = row["step"]
+        """Renew the sampler, which is the next step's pi_old; evaluate and save if it is time to; write the log."""
+        done = row["step"]
         sampler.load_state_dict(run.policy.state_dict())
-        if step in (0, total) or config.eval_every and step % config.eval_every == 0:
-            run.phase = f"evaluation after step {step}"
+        if done in (0, total) or config.eval_every and done % config.eval_every == 0:
+            run.phase = f"evaluation after step {done}"
             row["eval"] = {split: evaluate(
                 sampler, run.tokenizer, rows, config.max_new_tokens, config.eval_samples, config.temperature,
                 config.seed, config.sample_tokens)[0] for split, rows in held_out.items()}
-            run.scores = {"before": row["eval"], **run.scores, "after": row["eval"]}
+            run.scores = {"before": row["eval"], **run.scores, "after": row["eval"]}   # "before" stays the first one
             for split, scores in row["eval"].items():
                 print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
-        run.step, STOP["at once"] = step, True
+        run.step, STOP["at once"] = done, True
         if STOP["signal"]:
-            sys.exit(128 + STOP["signal"])
-        if config.save_every and (step % config.save_every == 0 or step == total):
+            sys.exit(128 + STOP["signal"])   # main saves
+        if config.save_every and (done % config.save_every == 0 or done == total):
             save_checkpoint(run)
 
     if run.step < 0:
         finish_step({"step": 0})
     if config.mu == 1 and config.aggregate == "sequence" and not config.mask_truncated:
-        print("the loss stays near 0 because the advantages of a group add up to 0; its gradient does not")
-    # Every problem once, then every problem once more; without those of the steps that are done.
+        print("the loss stays near 0 because the advantages of a group add up to 0; its gradient is not 0")
+    # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
             for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
     deck = itertools.islice(deck, run.step * config.questions, None)
-    for step in range(run.step, total):
+    for step in (steps := range(run.step, total)):
         if step % config.steps == 0 and config.kl_beta:   # an iteration begins: pi_ref <- pi_theta
             run.reference.load_state_dict(sampler.state_dict())
         start = time.perf_counter()
@@ -397,9 +397,9 @@ def train(run, problems, held_out, config, autocast):
         for restart in (random.seed, numpy.random.seed, torch.manual_seed):
             restart(zlib.crc32(f"{config.seed} {step}".encode()))
         questions = list(itertools.islice(deck, config.questions))
-        # pi_old <- pi_theta, which the sampler is; G completions of each question, their rewards and advantages
+        # pi_old is the sampler: G completions of each question, their rewards and advantages
         run.phase = f"sampling of step {step + 1}"
-        batch = sample_and_score(sampler, run.tokenizer, questions, config)
+        batch = sample_and_score(run, questions, config)
         run.rows = [(questions[i // config.group_size].question, text) for i, text in enumerate(batch.texts)]
         demand_finite(run, batch.logp_sampler, range(len(run.rows)))
         sampled = time.perf_counter()
@@ -415,7 +415,7 @@ def train(run, problems, held_out, config, autocast):
             demand_finite(run, logp_ref[i], cut)
         referred = time.perf_counter()
         # mu updates of pi_theta
-        run.phase, STOP["at once"] = f"update of step {step + 1}", False
+        run.phase, STOP["at once"] = f"update of step {step + 1}", False   # from here on a signal waits
         lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
         metrics = update(run, batch, cuts, logp_ref, config, lr, autocast)
         lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
@@ -426,7 +426,7 @@ def train(run, problems, held_out, config, autocast):
             truncated=batch.truncated.float().mean().item(), tok_s=lengths.sum().item() / t_sample,
             t_sample=t_sample, t_reward=batch.t_reward, t_ref=referred - sampled,
             t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
-        print_metrics(metrics)
+        print_metrics(metrics, heading=step % 20 == 0 or step == steps[0])
         if config.show_every and (step + 1) % config.show_every == 0:
             print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
                   f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0]:+.2f}", flush=True)
@@ -434,15 +434,15 @@ def train(run, problems, held_out, config, autocast):
 
 def main(argv):
     started, config = time.time(), parse_config(argv)
-    STOP.update({"signal": 0, "at once": True})
+    STOP.update({"signal": 0, "at once": True})   # main may be called more than once, by tests say
     name = f"runs/{Path(config.problems).stem}-{config.seed}"
     names = itertools.chain([config.out or name], (f"{name}-{number}" for number in itertools.count(2)))
     out = next(path for path in map(Path, names) if config.out or not path.exists())
     if config.resume and (out / "summary.json").exists():
         return print(f"{out} has finished, and there is nothing to go on with")
-    if not config.resume and out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is a file or not empty, and nothing is overwritten: name another folder")
-    load_reward(config.reward)
+    load_reward(config.reward)   # what is wrong with it shows now, and not after the warm-up
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
@@ -452,7 +452,7 @@ def main(argv):
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-    # step: how many are done, -1 before the first evaluation; phase and rows, problems and texts, are for messages
+    # step: how many are done, -1 before the first evaluation; phase, rows: (question, completion), to say what failed
     run = SimpleNamespace(
         policy=policy, sampler=sampler, reference=copy.deepcopy(sampler) if config.kl_beta else None,
         optimizer=optimizer, tokenizer=tokenizer, out=out, started=started, step=-1, scores={}, phase="", rows=[])
@@ -464,7 +464,7 @@ def main(argv):
         (out / "run.json").write_text(json.dumps({
             "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
-    print(f"{sum(p.numel() for p in policy.parameters()):,} parameters on {device}; from step {max(0, run.step)}, the run goes to {out}")
+    print(f"{policy.num_parameters():,} parameters on {device}; from step {max(0, run.step)}, the run goes to {out}")
     print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
@@ -491,7 +491,7 @@ def main(argv):
         for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(measured[split][name], *measured[split][f"{name}_interval"])
                      for measured in (scores["before"], scores["after"])]
-            print(f"{split:<4}{name:<8} {cells[0]} -> {cells[1]}")
+            print(f"{split:<3} {name:<8} {cells[0]} -> {cells[1]}")
     print(f"saved after {seconds:.0f} s; to evaluate it, give eval.py --model {out}")
 
 if __name__ == "__main__":

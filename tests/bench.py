@@ -93,7 +93,7 @@ def run_ours(pipe, folder, case, device, steps):
     """Train with train.py; before each step wait for a word, after it send its figures."""
     import train
 
-    def report(metrics):
+    def report(metrics, heading):
         pipe.send(dict(sample=metrics["t_sample"] + metrics["t_reward"], ref=metrics["t_ref"],
                        update=metrics["t_update"], generate=metrics["t_sample"], memory=peak_memory(device),
                        tokens=round(metrics["length"] * case["B"] * case["G"])))

@@ -160,7 +160,7 @@ MODELS = {
     "headless": "weights are missing; was it saved as a causal language model? .*lm_head.weight",
     "raising": "its chat template fails .*no",
     "unclosed": "its chat template fails .*endfor",
-    "mamba": "does not fit; take a decoder with a KV cache, like Qwen",
+    "mamba": "does not run here; take a decoder with a KV cache, like Qwen, that fits into memory",
 }
 EVAL = {
     "--problems arithmetic": "the following arguments are required: --model; see eval.py --help",
@@ -248,7 +248,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path, message", {
     "/cut": "invalid hash value|IncompleteRead", "/corrupt": "invalid hash value", "/stall": "timed out", "/missing": "404",
-    "refused": "Connection refused", "/stale": "the file that is there has not the SHA-256",
+    "refused": "Connection refused", "/stale": "the file there does not have SHA-256",
 }.items())
 def test_a_download_that_fails_says_what_to_do(path, message, address, cache, inputs, monkeypatch):
     url = "http://127.0.0.1:1/" if path == "refused" else address + path

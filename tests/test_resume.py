@@ -22,7 +22,7 @@ ROOT = Path(train.__file__).parent
 # Twelve steps in three iterations; the last save is two steps behind the fifth step and one behind the border at 4.
 FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 4 --eval-samples 2 --eval-every 5 "
          "--show-every 0 --lr-warmup 0 --reward own.py:random_reward").split()
-# All random numbers that a process has. STOP_AT holds the number of the call that fails.
+# All random numbers that a process has. the file stop_at holds the number of the call that fails.
 OWN = """
 import os, pathlib, random, numpy, torch
 calls = []
@@ -212,8 +212,7 @@ def test_a_checkpoint_runs_no_code(folder, capsys):
 # --- Kills and signals ------------------------------------------------------------------------------
 
 def killed_at(kind, number, folder):
-    """Start the run, and kill it: so many seconds after its beginning, as a line of the log or a checkpoint (the first
-    is that of step 0) is being written, or the model at its end."""
+    """Start the run, and kill it after so many seconds, begun checkpoints or lines of the log; or as its model is saved."""
     process, run = command(*FLAGS, "--out", "run", cwd=folder), folder / "run"
     next(line for line in process.stdout if "the run goes to run" in line)
     begin, saves, was, log = time.perf_counter(), 0, False, run / "metrics.jsonl"
@@ -344,7 +343,7 @@ def test_out_of_memory_names_the_phase_and_what_helps(function, phase, saved, fo
 
 
 def spoiled(row, function):
-    """token_logprobs or loss, in which one completion has become nan."""
+    """score_rows, in which one completion has become nan."""
     def spoil(model, rows, *rest):
         logp, *others = function(model, rows, *rest)
         return logp.masked_fill((torch.tensor(rows) == row)[:, None], float("nan")), *others

@@ -127,7 +127,8 @@ def test_one_small_step_moves_nearly_all_weights(chat_folder):
 def one_batch(config, chat_folder, story_file):
     policy, tokenizer = load_model(str(chat_folder), torch.device("cpu"))
     torch.manual_seed(0)
-    batch = train.sample_and_score(policy, tokenizer, load_problems(str(story_file), "", "")[:3], config)
+    batch = train.sample_and_score(SimpleNamespace(sampler=policy, tokenizer=tokenizer),
+                                   load_problems(str(story_file), "", "")[:3], config)
     advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * 3)   # a random model earns nothing, so give it some
     return policy, batch._replace(advantages=advantages)
 
@@ -436,7 +437,7 @@ def test_variants_run_through(flags, tmp_path, monkeypatch):
 
 def test_truncated_completions_draw_a_warning(capsys):
     for truncated, warned in ((0.4, False), (0.6, True)):
-        train.print_metrics(dict.fromkeys(train.COLUMNS, 0) | {"truncated": truncated})
+        train.print_metrics(dict.fromkeys(train.COLUMNS, 0) | {"truncated": truncated}, heading=False)
         assert ("60% of the completions hit the limit: raise --max-new-tokens?" in capsys.readouterr().out) == warned
 
 
