@@ -176,7 +176,7 @@ def load_model(name, device):
         # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
-        sizes = len(tokenizer.get_vocab()), len(model.get_input_embeddings().weight)
+        sizes = 1 + max(tokenizer.get_vocab().values(), default=-1), len(model.get_input_embeddings().weight)
         for wrong, found in (
                 ("its tokenizer is missing, or has no EOS token to end a completion",
                  tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids),

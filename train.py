@@ -8,6 +8,7 @@ All take the same way through this file: options, model and problems, (supervise
 loops of Algorithm 1 with evaluations before, between and after. A run is a folder that transformers can load.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -50,16 +51,14 @@ class Config:
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to go on with; only sample-tokens, micro-tokens, activation-checkpointing may change")
-    save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only when stopped", least=0)
+    save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only if stopped", least=0)
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
-
     questions: int = opt(32, "questions per step, B", least=1, group="sampling")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)", least=2)
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
     sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
     temperature: float = opt(1.0, "of sampling and log-probs; at 0 all samples would be the same", above=0)
-
     iterations: int = opt(1, "how often the reference is renewed, I", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
     mu: int = opt(1, "updates on the same samples (paper: 1)", least=1)
@@ -71,7 +70,6 @@ class Config:
                          "by a constant: constant (Dr. GRPO)", choices=("sequence", "token", "constant"))
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
     shuffle_rewards: bool = opt(False, "control experiment: shuffle the rewards within each group")
-
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)", above=0, group="optimizer")
     lr_warmup: int = opt(5, "steps in which the learning rate rises", least=0)
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
@@ -79,11 +77,9 @@ class Config:
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
     micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
-
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
     sft_batch: int = opt(32, "solutions per step", least=1)
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
-
     eval_problems: str = opt("", "as gsm8k,mgsm_zh; none: those of the set, or a tenth of a file", group="evaluation")
     eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
@@ -107,7 +103,7 @@ def parse_config(argv):
         group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     defaults, run = ({} if given.get("model") else BUILTIN), given.get("resume")
-    if run:
+    if run is not None:
         try:
             defaults = dataclasses.asdict(Config(**json.loads(Path(run, "run.json").read_text())["config"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -152,7 +148,7 @@ def gather_problems(config, model, tokenizer):
     problems = load(config.problems, "train")
     worked = load_problems("arithmetic", "sft", config.request) if config.problems == "arithmetic" else problems
     held_out = {}
-    for name in (config.eval_problems or config.problems).split(","):
+    for name in config.eval_problems.split(",") if config.eval_problems else [config.problems]:
         if name == "arithmetic":
             held_out |= {"in": load(name, "in"), "out": load(name, "out")}
         elif config.eval_problems or not Path(name).is_file():
@@ -249,7 +245,6 @@ def sample_and_score(run, problems, config):
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch. Returns means: gap and entropy over the tokens of `cuts` in the first pass;
     kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
-
     cuts: micro-batches; logp_ref: the reference's log-probs of each, or None. In the first pass the weights are
     still those that sampled, so its log-probs are logp_old, and later passes reuse them.
     """
@@ -303,17 +298,18 @@ def on_signal(number, frame):
     """Ctrl-C and SIGTERM end a run: at once, or after the step if weights and log do not fit together now."""
     signal.signal(number, signal.SIG_DFL)   # the second one ends the process
     STOP["signal"] = number
-    os.write(2, b"\nstopping; again: at once, without saving\n")   # print is not safe here
+    sys.stdout = open(os.devnull, "w")   # its reader, tee say, may have been ended by the same Ctrl-C
+    with contextlib.suppress(OSError):
+        os.write(2, b"\nstopping; again: at once, without saving\n")   # print is not safe here
     if STOP["at once"]:
         sys.exit(128 + number)
 
 def checkpoints(run):
     """The folders of its whole checkpoints, from the oldest to the newest."""
-    return sorted((run.out / "checkpoints").glob("*[0-9]"), key=lambda path: int(path.name))
+    return sorted((p for p in (run.out / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
 
 def save_checkpoint(run):
     """Write out/checkpoints/<step>, whole or not at all, and keep the last two. Raises OSError.
-
     The learning rate, the order of the problems and all random numbers follow from step and seed: not saved.
     """
     folder, unfinished = (run.out / "checkpoints" / name for name in (str(run.step), "unfinished"))
@@ -338,7 +334,7 @@ def save_checkpoint(run):
         raise OSError(f"the checkpoint of step {run.step} could not be written: {error}")
 
 def load_checkpoint(run):
-    """Put the newest whole checkpoint, if there is one yet, into a run, and cut its log back to that step."""
+    """Put the newest whole checkpoint, if there is one yet, into a run, and cut its log back. Raises InputError."""
     for folder in checkpoints(run)[-1:]:
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
@@ -346,7 +342,9 @@ def load_checkpoint(run):
                 safetensors.torch.load_model(run.reference, folder / "reference.safetensors")
             safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
         except Exception as error:   # a broken file may fail in any way
-            print(f"{folder} is damaged ({error}), and put aside")
+            print(f"{folder} is damaged: {' '.join(str(error).split())[:200]}")
+            if len(checkpoints(run)) == 1:
+                raise InputError(f"--resume {run.out}: no checkpoint is whole, so start another run")
             folder.rename(f"{folder}.damaged")
             return load_checkpoint(run)
         run.optimizer.load_state_dict(state["optimizer"])
@@ -360,7 +358,6 @@ def load_checkpoint(run):
 def train(run, problems, held_out, config, autocast):
     """The loops over iterations and steps, as one, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
-
     def finish_step(row):
         """Renew the sampler, which is the next step's pi_old; evaluate and save if it is time to; write the log."""
         done = row["step"]
@@ -378,7 +375,7 @@ def train(run, problems, held_out, config, autocast):
         run.step, STOP["at once"] = done, True
         if STOP["signal"]:
             sys.exit(128 + STOP["signal"])   # main saves
-        if config.save_every and (done % config.save_every == 0 or done == total):
+        if done == 0 or config.save_every and (done % config.save_every == 0 or done == total):
             save_checkpoint(run)
 
     if run.step < 0:
@@ -414,6 +411,8 @@ def train(run, problems, held_out, config, autocast):
                 logp_ref[i], _, _ = score_rows(run.reference, cut, *batch[:4], config.temperature)
             demand_finite(run, logp_ref[i], cut)
         referred = time.perf_counter()
+        if STOP["signal"]:   # a reward has caught the exception
+            sys.exit(128 + STOP["signal"])
         # mu updates of pi_theta
         run.phase, STOP["at once"] = f"update of step {step + 1}", False   # from here on a signal waits
         lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
@@ -434,7 +433,6 @@ def train(run, problems, held_out, config, autocast):
 
 def main(argv):
     started, config = time.time(), parse_config(argv)
-    STOP.update({"signal": 0, "at once": True})   # main may be called more than once, by tests say
     name = f"runs/{Path(config.problems).stem}-{config.seed}"
     names = itertools.chain([config.out or name], (f"{name}-{number}" for number in itertools.count(2)))
     out = next(path for path in map(Path, names) if config.out or not path.exists())
@@ -446,9 +444,10 @@ def main(argv):
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
-    data = zlib.crc32(repr((problems, worked, held_out)).encode())
-    if config.resume and json.loads((out / "run.json").read_text())["data"] != data:
-        raise InputError(f"--resume {out}: its problems have changed since it began, so start another run")
+    shapes = [tokenizer.chat_template, len(tokenizer), *(p.shape for p in policy.parameters())]
+    data = zlib.crc32(repr((problems, worked, held_out, shapes)).encode())
+    if config.resume and json.loads((out / "run.json").read_text()).get("data") != data:
+        raise InputError(f"--resume {out}: its problems or its model have changed, so start another run")
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
@@ -460,7 +459,7 @@ def main(argv):
     if config.resume:
         load_checkpoint(run)
     else:
-        out.mkdir(parents=True, exist_ok=True)   # whatever is wrong with the input has been found out before
+        out.mkdir(parents=True, exist_ok=bool(config.out))   # what is wrong with the input has been found out before
         (out / "run.json").write_text(json.dumps({
             "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
@@ -476,10 +475,11 @@ def main(argv):
         train(run, problems, held_out, config, autocast)
         save_model(policy, tokenizer, out)
     except BaseException as error:
-        print(f"\nstopped; to go on: python train.py --resume {out}", file=sys.stderr)
-        if STOP["at once"] and run.step >= 0 and not isinstance(error, (FloatingPointError, OSError)):
+        with contextlib.suppress(OSError):
+            print(f"\nstopped; to go on: python train.py --resume {out}", file=sys.stderr)
+        if STOP["at once"] and run.step >= 0 and not isinstance(error, FloatingPointError):
             save_checkpoint(run)
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
             peak = f"{torch.cuda.max_memory_allocated() / 1e9:.1f} GB"
             raise InputError(f"out of memory in the {run.phase}, peak {peak}: lower --sample-tokens, --micro-tokens, "
                              "or in a new run --group-size, or give --activation-checkpointing") from None

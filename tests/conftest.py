@@ -19,6 +19,13 @@ transformers.utils.logging.disable_progress_bar()
 evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of the tests in one process need the same
 
 
+@pytest.fixture(autouse=True)
+def fresh_stop():
+    """Runs that end within an update leave this behind in a process that goes on: that of the tests."""
+    import train
+    train.STOP.update({"signal": 0, "at once": True})
+
+
 @pytest.fixture(params=["llama", "gpt2", "cohere", "gemma2"])
 def any_model(request):
     """Rotary positions; absolute positions; scaled logits; soft-capped logits and sliding windows."""
