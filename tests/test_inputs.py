@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, MambaConfig, Mamb
 
 import eval as evaluation
 import train
-from eval import DOWNLOADS, InputError, build_prompt, fetch, load_model, load_problems
+from eval import DOWNLOADS, build_prompt, fetch, load_model, load_problems
 from helpers import CHAT_TEMPLATE, make_chat_model
 
 LINE = '{"question": "1+1?", "answer": "2"}\n'

@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 
-import grpo
 from grpo import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, masked_mean,
                   outcome_advantages)
 

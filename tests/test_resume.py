@@ -20,7 +20,7 @@ from helpers import make_chat_model
 
 ROOT = Path(train.__file__).parent
 # Twelve steps in three iterations; the last save is two steps behind the fifth step and one behind the border at 4.
-FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 4 --eval-samples 2 --eval-every 5 "
+FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 3 --eval-samples 1 --eval-every 7 "
          "--show-every 0 --lr-warmup 0 --reward own.py:random_reward").split()
 # All random numbers that a process has. the file stop_at holds the number of the call that fails.
 OWN = """
@@ -270,20 +270,17 @@ def test_killed_at_any_moment(moment, folder, straight):
     kill_and_resume(moment, folder, straight)
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_names_the_command_that_goes_on(number, status, folder, straight, capsys):
+def test_sigterm_saves_and_names_the_command_that_goes_on(folder, straight, capsys):
     process = command(*FLAGS, "--out", "run", "--save-every", "0")
     for line in process.stdout:
         if re.match(r" +4 ", line):   # the fourth step has been printed
             break
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == status and "Traceback" not in errors
+    assert process.returncode == 143 and "Traceback" not in errors
     assert "stopped; to go on: python train.py --resume run" in errors
     first, saved = sorted(Path("run/checkpoints").iterdir(), key=lambda path: int(path.name))
     assert first.name == "0" and 3 <= int(saved.name) < 12
-    if number == signal.SIGINT:
-        return
     train.main(["--resume", "run"])
     assert f"from step {saved.name}, the run goes to run" in capsys.readouterr().out
     weights, expected = load_file("run/model.safetensors"), straight[1]["weights"][2]

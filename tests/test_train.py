@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import json
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -473,7 +472,7 @@ def test_a_hostile_generation_config_does_not_stop_a_run(tmp_path, story_file):
 def learning_run(tmp_path_factory):
     """The default run, shortened: 40 of 60 steps, smaller evaluations."""
     out = tmp_path_factory.mktemp("learning") / "run"
-    train.main(["--out", str(out), "--steps", "40", "--eval-every", "0", "--eval-limit", "100", "--show-every", "0"])
+    train.main(["--out", str(out), "--steps", "40", "--eval-every", "0", "--eval-limit", "60", "--show-every", "0"])
     return out
 
 
@@ -496,7 +495,7 @@ def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
     gains = []
     for seed in (0, 1):
         settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / str(seed), "seed": seed, "steps": 40,
-                    "eval_every": 0, "eval_limit": 100, "show_every": 0, "sft_steps": 0}
+                    "eval_every": 0, "eval_limit": 60, "show_every": 0, "sft_steps": 0}
         train.main(["--shuffle-rewards", *(str(x) for name, value in settings.items()
                                            for x in ("--" + name.replace("_", "-"), value))])
         gains.append(gain(tmp_path / str(seed)))
