@@ -325,6 +325,7 @@ def test_the_second_ctrl_c_ends_the_process_at_once(folder):
     for line in process.stderr:
         if "again" in line:
             break
+    time.sleep(2)
     assert process.poll() is None   # it waits for the update
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
