@@ -138,7 +138,7 @@ def read_problems(path):
 
 def load_problems(name, split, request=None):
     """The problems of a split of a known set, or all of a file; request: None for the usual one. Or InputError."""
-    known = [f"arithmetic {split}" for split in ARITHMETIC_SPLITS] + list(DOWNLOADS)
+    known = [f"arithmetic {one}" for one in ARITHMETIC_SPLITS] + list(DOWNLOADS)
     if f"{name} {split}" in DOWNLOADS:
         problems = read_problems(fetch(*DOWNLOADS[f"{name} {split}"], f"{name}-{split}.jsonl"))
     elif name == "arithmetic" and split in ARITHMETIC_SPLITS:
