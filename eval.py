@@ -1,38 +1,24 @@
-"""The problems, the one prompt function, and how well a model solves the problems.
+"""The problems, the one prompt function, and how well a model solves the problems; train.py shares all of it.
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
 
-train.py imports from here, so training and evaluation share prompts, sampler and grader. In the table every
-accuracy has its n and 95% interval: with 200 questions, up to 7 points either way.
+    python eval.py --compare before.json after.json
 """
 
-import argparse
-import hashlib
-import json
-import math
-import random
-import re
-import socket
-import sys
-import time
-from http.client import HTTPException
+import argparse, hashlib, itertools, json, math, random, re, socket, sys, time
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
 
-import torch
-import transformers
+import torch, transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
-from grpo import Samples, bf16_weights, head_is_plain, sample_groups, token_logprobs
-from reward import (MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent,
-                    last_number, majority)
+from grpo import Samples, bf16_weights, cache_gap, head_is_plain, sample_groups
+from reward import MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent
 
 SAMPLE_TOKENS = 2 ** 18   # tokens in the KV cache while sampling, in at most 1,024 rows: logits need room, too
 VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-
 # --- 1. Problems ------------------------------------------------------------------------------------
 class Problem(NamedTuple):
     question: str
@@ -51,23 +37,19 @@ ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
 GITHUB, LFS = "https://raw.githubusercontent.com/", "https://media.githubusercontent.com/media/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 MATH = LFS + "openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/"
-CHINESE = GITHUB + "deepseek-ai/DeepSeek-Math/b8b0f8ce093d80bf8e9a641e44142f06d092c305/evaluation/datasets/"
+ZH = GITHUB + "deepseek-ai/DeepSeek-Math/b8b0f8ce093d80bf8e9a641e44142f06d092c305/evaluation/datasets/"
 DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chinese request
     "gsm8k train": (GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
     "gsm8k test": (GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
     "math train": (MATH + "train.jsonl", "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
     "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "math500 test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "cmath test": (CHINESE + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
-    "mgsm_zh test": (CHINESE + "mgsm_zh/mgsm_zh.jsonl",
-                     "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
+    "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
+    "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
+REQUEST_ZH = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
 
 def arithmetic(split):
-    """The built-in problems: chains like "7+5-4+3", always the same ones. Returns a list of `Problem`.
-
-    A worked solution has two habits, and chooses where both can be: four times in ten it takes one term ("7+5=12")
-    and gets it right, else it takes two ("7+5-4=9") and guesses, within 3 of the truth. RL finds out what pays.
+    """The built-in problems: chains like "7+5-4+3", always the same. Worked solutions have two habits, where both can
+    be: four times in ten they take one term ("7+5=12"), and are right, else two ("7+5-4=9"), and guess within 3.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
     rng, problems = random.Random(f"arithmetic {split}"), []
@@ -98,7 +80,7 @@ def fetch(url, sha256, name):
             torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise RuntimeError(f"the file there does not have SHA-256 {sha256}")
-    except (OSError, RuntimeError, HTTPException) as error:   # RuntimeError: a wrong checksum
+    except Exception as error:   # no network, no room, a wrong checksum
         raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand")
     return path
 
@@ -109,59 +91,51 @@ def read_problems(path):
         try:
             if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
                 continue
-            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)   # a dict loses doubles
-            if not isinstance(pairs, list) or not all(isinstance(pair, tuple) for pair in pairs):
-                raise ValueError("no JSON object")
-            row = dict(pairs)
+            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)
+            row = dict(pairs)   # loses doubles
             # In the published sets the question may also be messages[0].content, the answer "golden".
             question = row.get("question") or row.get("problem") or dict(row.get("messages", [{}])[0]).get("content")
             answer = row.get("answer", row.get("golden"))
             if len(row) < len(pairs):
                 raise ValueError("a key that stands there twice")
-            if not isinstance(question, str) or not question.strip():
-                raise ValueError("no question")
-            if isinstance(answer, (bool, list)):
-                raise ValueError("an answer that is neither text nor a number")
+            if not isinstance(question, str) or not question.strip() or isinstance(answer, (bool, list)):
+                raise ValueError("no question, or an answer that is neither text nor a number")
             f"{question}{answer}".encode()   # half a character, "\\ud83d", is an error here
         except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
             raise InputError(f'{path}, line {number}: want {{"question": "1+1?", "answer": "2"}}, found: {error}')
         # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer as we ask for it.
         gold, work = final_answer(answer), re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
         problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else "", line=number))
-    unpaid = [problem.line for problem in problems if not is_equivalent(problem.answer, problem.answer)]
-    if len(unpaid) == len(problems):
+    lines = [problem.line for problem in problems if not is_equivalent(problem.answer, problem.answer)]
+    if len(lines) == len(problems):
         raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
-    if unpaid:
-        print(f"{path}: no reward for {len(unpaid)} of {len(problems)} questions: no answer, or too long, first in "
-              f"lines {unpaid[:9]}")
+    if lines:
+        print(f"{path}: no reward for {len(lines)} of {len(problems)} questions, lines {lines[:9]}: answer unusable")
     return problems
 
 def load_problems(name, split, request=None):
     """The problems of a split of a known set, or all of a file; request: None for the usual one. Or InputError."""
-    known = [f"arithmetic {one}" for one in ARITHMETIC_SPLITS] + list(DOWNLOADS)
-    if f"{name} {split}" in DOWNLOADS:
-        problems = read_problems(fetch(*DOWNLOADS[f"{name} {split}"], f"{name}-{split}.jsonl"))
+    if (key := f"{name} {split}".replace("math500", "math")) in DOWNLOADS:   # math500 is the test set of math
+        problems = read_problems(fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.jsonl"))
     elif name == "arithmetic" and split in ARITHMETIC_SPLITS:
         problems = arithmetic(split)
     elif Path(name).is_file():
         problems = read_problems(name)
     else:
-        raise InputError(f"no problems {name} {split}: take {', '.join(known)} or the path of a JSON-lines file")
+        raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, arithmetic in, out, sft or train")
     if request is None:
-        request = {"arithmetic": "", "cmath": CHINESE_REQUEST, "mgsm_zh": CHINESE_REQUEST}.get(name, MATH_REQUEST)
+        request = {"arithmetic": "", "cmath": REQUEST_ZH, "mgsm_zh": REQUEST_ZH}.get(name, MATH_REQUEST)
     return [problem._replace(request=request) for problem in problems]
-
 # --- 2. Models and prompts --------------------------------------------------------------------------
 def pick_device(name):
     """(torch.device, whether to use bf16 on it) for "auto", "cpu" or "cuda". Raises InputError."""
-    cuda = torch.cuda.is_available()
+    cuda = torch.cuda.is_available() and name != "cpu"
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not cuda):
         raise InputError(f"--device {name} cannot be used here; take cpu, or cuda with a GPU (no MPS)")
-    if name == "cpu" or not cuda:
-        return torch.device("cpu"), False
-    bf16 = torch.cuda.get_device_capability() >= (8, 0)
-    print("sampling with bf16 weights" if bf16 else "this GPU has no bf16: float32 everywhere")
-    return torch.device("cuda"), bf16
+    bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)
+    if cuda:
+        print("sampling with bf16 weights" if bf16 else "this GPU has no bf16: float32 everywhere")
+    return torch.device("cuda" if cuda else "cpu"), bf16
 
 def load_model(name, device):
     """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
@@ -170,9 +144,8 @@ def load_model(name, device):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
-            for key, value in vars(part).items():
-                if isinstance(value, float) and ("drop" in key or "jitter" in key):
-                    setattr(part, key, 0.0)
+            rates = [key for key, value in vars(part).items() if isinstance(value, float)]
+            vars(part).update({key: 0.0 for key in rates if "drop" in key or "jitter" in key})
         # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
@@ -188,14 +161,9 @@ def load_model(name, device):
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
         eos_token_ids(model, tokenizer), build_prompt(tokenizer, Problem("1+1?", "2"))
         wrong = "does not run here; take a decoder with a KV cache, like Qwen, that fits into memory"
-        # Sample groups that end early, and score them again without a cache: the two must agree.
         model = model.to(device).eval()
-        ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=device)
-        samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)   # one in 4
-        with torch.no_grad():
-            logp, _ = token_logprobs(model, *(x.repeat_interleave(2, 0) for x in (ids, ids > 0)), *samples[:2], 1.0)
-        if not torch.allclose(logp, samples.logp, rtol=0, atol=1e-2):
-            raise ValueError(f"log-probs with and without KV cache differ by {(logp - samples.logp).abs().max():.2g}")
+        if not cache_gap(model) < 1e-2:
+            raise ValueError(f"log-probs with and without KV cache differ by {cache_gap(model):.2g}")
     except Exception as error:   # a broken folder or an unknown architecture may fail in any way
         raise InputError(f"--model {name}: {wrong} ({' '.join(repr(error).split())[:200]})")
     if not head_is_plain(model):
@@ -211,8 +179,7 @@ def save_model(model, tokenizer, folder):
 
 def eos_token_ids(model, tokenizer):
     """The set of ids that end a completion: the tokenizer's, the model's, and the template's end of turn.
-    TRAP: a chat model ends a turn with another token than a document. Whoever knows only one of them lets every
-    completion run to the limit (test_end_of_turn_is_an_eos).
+    TRAP: a chat model ends a turn with another token than a document (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
@@ -236,19 +203,17 @@ def build_prompt(tokenizer, problem):
     # if either wants one, put exactly one in front (test_exactly_one_bos_where_the_model_has_one).
     bos = tokenizer.bos_token_id
     wanted = bos is not None and bos in ids[:1] + tokenizer("Q").input_ids[:1]
-    while wanted and ids[:1] == [bos]:
-        ids = ids[1:]
-    return [bos] * wanted + ids
+    return [bos, *itertools.dropwhile(lambda token: token == bos, ids)] if wanted else ids
 
 def fitting(model, tokenizer, problems, max_new_tokens):
     """The problems whose prompts and completions fit into the model's positions. Raises InputError if none does."""
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - max_new_tokens
     fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
+    lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
     limit = f"the {room} positions that --max-new-tokens {max_new_tokens} leaves of the model's"
-    if not any(fits):
+    if len(lines) == len(problems):
         raise InputError(f"no prompt fits into {limit}: lower it")
-    if not all(fits):
-        lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
+    if lines:
         print(f"skipped {len(lines)} of {len(problems)} questions, longer than {limit}, first in lines {lines[:9]}")
     return [problem for problem, fit in zip(problems, fits) if fit]
 
@@ -269,59 +234,92 @@ def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temp
     samples = Samples(*map(torch.cat, zip(*parts)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask)]
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
-
 # --- 3. Accuracy ------------------------------------------------------------------------------------
 def interval(scores):
-    """95% interval of the mean of one score in [0, 1] per question, as (low, high).
+    """95% interval, (low, high), of the mean of one score in [0, 1] a question: its K samples depend on each other.
     Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean +- 1.96 standard errors.
-    The K samples of a question depend on each other, so their mean is one score: n counts questions.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
     if set(scores) <= {0, 1} or len(set(scores)) == 1:
-        centre, scale = mean + z * z / (2 * n), 1 + z * z / n
-        half = z * math.sqrt(mean * (1 - mean) / n + z * z / (4 * n * n))
-        return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
-    half = z * math.sqrt(fmean((score - mean) ** 2 for score in scores) / max(1, n - 1))
-    return max(0.0, mean - half), min(1.0, mean + half)
+        centre, scale, square = mean + z * z / (2 * n), 1 + z * z / n, mean * (1 - mean) / n + (z / (2 * n)) ** 2
+    else:
+        centre, scale, square = mean, 1, fmean((score - mean) ** 2 for score in scores) / (n - 1)
+    return max(0.0, (centre - z * math.sqrt(square)) / scale), min(1.0, (centre + z * math.sqrt(square)) / scale)
+
+def pass_at_k(right, k):
+    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k), without bias."""
+    return 1 - math.comb(len(right) - int(sum(right)), k) / math.comb(len(right), k)
+
+def maj_at_k(answers, gold, k):
+    """How often the most frequent of k answers (of a tie, the first) is right: the mean over n // k batches of k."""
+    wins = []
+    for i in range(0, len(answers) - k + 1, k):
+        votes = [answer for answer in answers[i:i + k] if answer is not None]
+        most = max(votes, key=lambda answer: sum(is_equivalent(answer, vote) for vote in votes), default="")
+        wins.append(is_equivalent(most, gold))
+    return fmean(wins)
+
+def compare(paths):
+    """Two files that this script wrote about the same problems: a line of text for each measure. Or InputError.
+    If only chance is at work, a question that changed got better or worse with equal odds. p is the chance of a split
+    at least as uneven: McNemar's exact test, and for the mean of K samples the sign test.
+    """
+    try:
+        files = [json.loads(Path(path).read_text()) for path in paths]
+        questions, (before, after) = [file["questions"] for file in files], [file["measures"] for file in files]
+        if questions[0] != questions[1]:
+            raise ValueError("they are about different problems")
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--compare wants two JSON files that eval.py wrote: {error}")
+    lines = []
+    for name in [name for name in before if name in after]:
+        change = [b - a for a, b in zip(before[name], after[name])]
+        n, mean, up, down = len(change), fmean(change), sum(c > 0 for c in change), sum(c < 0 for c in change)
+        half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, n - 1))
+        p = min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
+        lines.append(f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}, 95% interval "
+                     f"{mean - half:+.3f} to {mean + half:+.3f}; {up} of {n} better, {down} worse: p = {p:.2g}")
+    return "\n".join(lines)
 
 def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
     """Accuracy, greedy and of K = `samples` samples each, which are the same draws before and after training.
-    Returns scores: n; greedy, sampled (mean of K), maj@K and pass@K, each with its interval; shares of
-    flexible (last number right), truncated, unparsable. And records: kind -> a dict per completion, in order.
+    Returns scores: n; greedy, sampled (mean of K), maj@k and pass@k (k = 1, 2, 4 ... K), with their intervals; shares
+    of flexible (last number right), truncated, unparsable. Records: a dict a completion. Measures: one a question.
     """
-    scores, records = {"n": len(problems)}, {}
+    scores, records, measures = {"n": len(problems)}, {}, {}
     for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
         *_, drawn, texts = sample_problems(model, tokenizer, problems, K, max_new_tokens, T, sample_tokens,
                                            torch.Generator(model.device).manual_seed(seed))
         graded = records.setdefault(kind, [])
         for i, text in enumerate(texts):
             (question, gold, *_), answer = problems[i // K], extract_answer(text)
-            right = accuracy_reward(text, gold)
+            right, numbers = accuracy_reward(text, gold), re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:])
             graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
                            "verdict": "right" if right else "unparsable" if answer is None else "wrong",
                            "right": right, "truncated": drawn.truncated[i].item(),
-                           "flexible": is_equivalent(last_number(text), gold)})
+                           "flexible": is_equivalent(numbers[-1].rstrip(","), gold) if numbers else False})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
-        measures = {kind: [fmean(row["right"] for row in g) for g in groups]}
+        measures[kind] = [fmean(row["right"] for row in g) for g in groups]
         if kind == "sampled":
-            measures[f"maj@{K}"] = [majority([row["answer"] for row in g], g[0]["gold"]) for g in groups]
-            measures[f"pass@{K}"] = [max(row["right"] for row in g) for g in groups]
-        for name, values in measures.items():
-            scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
+            for k in sorted({K, *(2 ** i for i in range(K.bit_length()))}):
+                measures[f"maj@{k}"] = [maj_at_k([row["answer"] for row in g], g[0]["gold"], k) for g in groups]
+                measures[f"pass@{k}"] = [pass_at_k([row["right"] for row in g], k) for g in groups]
         for share in ("flexible", "truncated", "unparsable"):   # the last one is a verdict
             scores[f"{kind}_{share}"] = fmean(row.get(share, row["verdict"] == share) for row in graded)
-    return scores, records
+    for name, values in measures.items():
+        scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
+    return scores, records, measures
 
 def score_table(scores):
     """The scores of `evaluate` as lines of text."""
-    lines = [f"n = {scores['n']:<8}accuracy  95% interval      flexible  truncated unparsable"]
-    for name in [key.removesuffix("_interval") for key in scores if key.endswith("_interval")]:
-        shares = [scores.get(f"{name}_{share}") for share in ("flexible", "truncated", "unparsable")]
-        lines.append("{:<12}{:>8.1%}  {:>6.1%} - {:<6.1%}".format(name, scores[name], *scores[f"{name}_interval"])
-                     + "".join(f"{share:>11.1%}" for share in shares if share is not None))
+    lines = [f"n = {scores['n']:<16}accuracy  95% interval"]
+    for key, value in scores.items():
+        if f"{key}_interval" in scores:
+            lines.append("{:<20}{:>8.1%}  {:>6.1%} - {:.1%}".format(key, value, *scores[f"{key}_interval"]))
+        elif key.endswith(("_flexible", "_truncated", "_unparsable")):
+            lines.append(f"{key.replace('_', ', '):<20}{value:>8.1%}")
     return "\n".join(lines)
-
 # --- 4. Command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):   # one line instead of the whole usage
@@ -333,9 +331,7 @@ def run_cli(main):
     sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
     try:
         main(sys.argv[1:])
-    except torch.OutOfMemoryError:
-        sys.exit("error: out of GPU memory: lower --sample-tokens or --max-new-tokens")
-    except (InputError, OSError, FloatingPointError) as error:
+    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
@@ -343,8 +339,8 @@ def run_cli(main):
 def main(argv):
     parser = Parser(prog="eval.py", description="Measure how well a model solves problems.")
     add = parser.add_argument
-    add("--model", required=True, help="folder (a run of train.py, say) or hub name")
-    add("--problems", required=True, help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a JSON-lines file")
+    add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
+    add("--problems", required="--compare" not in argv, help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh; file")
     add("--split", help="arithmetic: in (default), out, train, sft; others: test (default), train; a file: all")
     add("--limit", type=int, default=0, help="only the first so many problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
@@ -354,8 +350,11 @@ def main(argv):
     add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache (default: %(default)s)")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--compare", nargs=2, metavar="FILE", help="pair two of the JSON files that --out names, and do no more")
     add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
     args = parser.parse_args(argv)
+    if args.compare:
+        return print(compare(args.compare))
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
         raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
     out = Path(args.out or f"runs/eval-{Path(args.problems).stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
@@ -367,13 +366,14 @@ def main(argv):
     model, tokenizer = load_model(args.model, device)
     problems = fitting(model, tokenizer, problems, args.max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
-    scores, records = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems, args.max_new_tokens,
-                               args.samples, args.temperature, args.seed, args.sample_tokens)
+    model = bf16_weights(model) if bf16 else model
+    scores, records, measures = evaluate(model, tokenizer, problems, args.max_new_tokens, args.samples,
+                                         args.temperature, args.seed, args.sample_tokens)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
-    for verdict in ("right", "wrong", "unparsable"):
-        for row in [row for rows in records.values() for row in rows if row["verdict"] == verdict][:1]:
-            print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
-    out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, records=records)))
+    for verdict, row in {row["verdict"]: row for rows in records.values() for row in rows}.items():   # one of each
+        print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
+    out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, measures=measures,
+                                   questions=[problem.question for problem in problems], records=records)))
     print(f"all of it has been written to {out}")
 
 if __name__ == "__main__":

@@ -4,11 +4,8 @@ GRPO comes from DeepSeekMath (arXiv 2402.03300); equation and section numbers ar
 breath: sample a group of G completions for each question, score each of them, call a completion good if it
 did better than the rest of its own group, and make the tokens of good completions likelier, not too far at
 once (the clip) and not too far from where we started (the KL term).
-
 A policy is a language model seen as a chooser of tokens: pi(o_t | q, o_<t) is the probability it gives to
 token o_t after question q and the tokens before. EOS is the token that ends a completion.
-
-This file knows no text, file or option. Read it from top to bottom: the last function is eq. 3.
 
     paper        here                       shape    meaning
     q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
@@ -23,10 +20,8 @@ This file knows no text, file or option. Read it from top to bottom: the last fu
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the groups back.
 V is the size of the vocabulary, D that of a hidden state. `mask` is true where a completion token counts.
 
-What the paper leaves open, and what we chose:
-  * Algorithm 1 says to maximise "equation 21", which is a gradient coefficient; the objective is eq. 3.
-  * The standard deviation is that of a sample (divisor G - 1), with 1e-4 added to it; epsilon is 0.2.
-  * Log-probs are those of the distribution that was sampled from, softmax(logits / temperature).
+The paper leaves open, and we chose: the standard deviation is that of a sample (divisor G - 1), with 1e-4 added;
+epsilon is 0.2; log-probs are those of the distribution that was sampled from, softmax(logits / temperature).
 Comments marked PAPER say where the code departs from the paper, TRAP what goes wrong silently (and its test).
 """
 
@@ -41,7 +36,6 @@ STD_EPSILON = 1e-4     # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6   # rewards closer together than this are equal (0.1 + 0.2 against 0.3)
 MAX_LOG_RATIO = 20.0   # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
 HEAD_LOGITS = 2 ** 26  # logits of a chunk: 256 MB in float32, a few times that while it is worked on
-
 # --- 1. Grouped sampling ----------------------------------------------------------------------------
 class Samples(NamedTuple):
     """What `sample_groups` returns: N = B * group_size rows, question-major."""
@@ -52,7 +46,6 @@ class Samples(NamedTuple):
 
 def bf16_weights(model):
     """Turn the parameters of a model into bf16, in place; returns the model.
-
     TRAP: model.to(torch.bfloat16) also rounds the frequencies of rotary positions, which are a buffer. At
     position 500 the angles are then off by up to 0.5 radians (test_rotary_frequencies_stay_float32).
     """
@@ -74,8 +67,7 @@ def forward(model, ids, attention_mask, cache=None, use_cache=True, **options):
 
 def sample_token(logits, temperature, generator=None):
     """Draw a token a row from p = softmax(logits / temperature): (n, V) -> ids (n,) and log p of them (n,)."""
-    # TRAP: a softmax in bf16 puts a log-prob off by up to 0.08, against a clip range of 0.2. So float32
-    # (test_a_bf16_model_gives_float32_logprobs).
+    # TRAP: in bf16 a log-prob is off by up to 0.08, the clip range 0.2 (test_a_bf16_model_gives_float32_logprobs).
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = torch.softmax(logits / (temperature or 1.0), dim=-1)          # (n, V)
     if temperature == 0:   # the likeliest token, with its log p at temperature 1
@@ -90,11 +82,9 @@ def sample_token(logits, temperature, generator=None):
 
 class PreallocatedLayer(DynamicLayer):
     """The KV cache of one layer, (n, heads, tokens, head_dim); attention hands each new token to `update`.
-
     The library's DynamicLayer copies all it holds to append one token: a third of the sampling time on a CPU.
     Here memory is reserved at the start, and of rows that stay only those that change places are copied.
     """
-
     def __init__(self, layer, max_new_tokens):   # takes over the keys and values of the prompts
         super().__init__()
         self.is_initialized = True
@@ -119,16 +109,14 @@ class PreallocatedLayer(DynamicLayer):
 def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id,
                   temperature=1.0, generator=None):
     """Sample `group_size` completions for each of B prompts, "a group of outputs" in section 4.1.
-
     The prompts go through the model once. What attention keeps of them, keys and values (the KV cache), is
     repeated G times; then each forward pass takes one new token a row. Rows that have ended leave the batch.
 
     prompt_ids, prompt_mask: (B, P), padded on the left; eos_ids: the ids that end a completion; pad_id:
     fills up rows that have ended, and may be an EOS id; temperature: 0 is greedy; generator: on the
     model's device. Returns `Samples`. Raises ValueError for arguments that make no sense.
-    TRAP: a library's generate() also obeys the model folder's generation_config (top_k, top_p,
-    repetition_penalty), and then the samples do not come from the policy whose log-probs are trained.
-    This function reads nothing but its arguments (test_hostile_generation_config_is_ignored).
+    TRAP: a library's generate() also obeys the folder's generation_config (top_k, repetition_penalty): samples of
+    another policy than the one trained. This reads only its arguments (test_hostile_generation_config_is_ignored).
     """
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
         raise ValueError("group_size and max_new_tokens must be at least 1, temperature at least 0")
@@ -166,8 +154,8 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
         logits = forward(model, token[:, None], attention_mask[:, :P + t + 1], cache, logits_to_keep=1).logits[:, -1]
 
     model.train(was_training)
-    truncated = ~torch.isin(completion_ids, eos).any(dim=1)
-    return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp, truncated)
+    return Samples(completion_ids, completion_mask(completion_ids, eos_ids), logp,
+                   truncated=~torch.isin(completion_ids, eos).any(dim=1))
 
 def completion_mask(completion_ids, eos_ids):
     """True for the tokens of a completion that count: up to and including the first EOS. (N, T) -> bool.
@@ -179,19 +167,16 @@ def completion_mask(completion_ids, eos_ids):
     eos = torch.tensor(sorted(eos_ids), dtype=torch.long, device=completion_ids.device)
     is_eos = torch.isin(completion_ids, eos).long()
     return is_eos.cumsum(dim=1) - is_eos == 0   # the number of EOS that stand before this token
-
 # --- 2. Log-probabilities: log pi(o_t | q, o_<t) ----------------------------------------------------
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None):
     """Log-prob of every completion token, log pi(o_t | q, o_<t), and the entropy that it was drawn with.
-
     prompt_ids, prompt_mask: (B, P); completion_ids, mask: (N, T); question: (N,) which of the B prompts each
     completion answers, question-major if None; temperature: that of the sampling. Returns (logp, entropy),
     both (N, T), in nats, at least float32, 0 where mask is false; only logp carries a gradient.
     Raises ValueError for a temperature that is not above 0.
 
     With V = 150,000 the logits are by far the largest tensor around. So only the tokens that count reach the
-    vocabulary head, and in more than one chunk the logits are thrown away and computed again in the backward
-    pass: no (N, T, V) tensor exists, unless the head is not plain (below).
+    vocabulary head, in chunks that are computed again in the backward pass: no (N, T, V) tensor exists.
     """
     # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from step 1 on
     # (test_rescored_logprobs_equal_the_samplers).
@@ -230,9 +215,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
 
 def _logp_and_entropy(head, states, targets, temperature):
     logits = head(states)                                                       # (m, V)
-    # TRAP: the softmax must not stay in bf16, as in sample_token; float64 stays float64
-    # (test_a_bf16_model_gives_float32_logprobs).
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))        # never bf16, as in sample_token
     logp = torch.log_softmax(logits / temperature, dim=-1)                      # (m, V)
     entropy = -logp.detach().exp().mul_(logp.detach()).sum(dim=-1)   # - sum p log p; mul_ saves an (m, V)
     return logp.gather(1, targets[:, None]).squeeze(1), entropy
@@ -240,9 +223,8 @@ def _logp_and_entropy(head, states, targets, temperature):
 @torch.no_grad()
 def head_is_plain(model):
     """Whether the model's logits are its output embedding applied to its base model's output, nothing else.
-
-    True for Llama, Qwen and GPT-2. Granite and Cohere scale their logits, Gemma 2 caps them: there the
-    head applied by hand would be another model. Found out by trying, once a model, then remembered on it.
+    Not so for Granite and Cohere, which scale their logits, and Gemma 2, which caps them: there the head applied
+    by hand would be another model. Found out by trying, once a model, then remembered on it.
     """
     if hasattr(model, "_head_is_plain"):
         return model._head_is_plain
@@ -255,15 +237,21 @@ def head_is_plain(model):
         model._head_is_plain = ((logits - expected).abs().max() < 1e-3 * expected.abs().max()).item()
     return model._head_is_plain
 
+@torch.no_grad()
+def cache_gap(model):
+    """The largest difference of log-probs between groups as sampled with a KV cache and scored without: about 0."""
+    ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)
+    samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)   # one token in 4 ends
+    alone = [x.repeat_interleave(2, dim=0) for x in (ids, ids > 0)]
+    return (token_logprobs(model, *alone, *samples[:2], 1.0)[0] - samples.logp).abs().max().item()
+
 def micro_batches(rows, prompt_mask, mask, limit):
     """Cut row numbers into lists of at most `limit` tokens, with padding; a row that is longer stands alone.
-
-    A prompt counts for each of its rows: its keys and values are there as often, though it goes through the
-    model only once. Sorted by the length of the completions, so that little of them is padding.
+    A prompt counts for each of its rows, since its keys and values are there as often.
     """
     G, p, t = len(mask) // len(prompt_mask), prompt_mask.sum(dim=1).tolist(), mask.sum(dim=1).tolist()
     cuts = [[]]
-    for row in sorted(rows, key=lambda row: t[row]):
+    for row in sorted(rows, key=lambda row: t[row]):   # alike in length, so that little is padding
         together = cuts[-1] + [row]   # of these `row` is the longest
         if cuts[-1] and len(together) * (max(p[r // G] for r in together) + t[row]) > limit:
             cuts.append([])
@@ -278,11 +266,9 @@ def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, tempe
     mask = mask[rows, :t]
     return *token_logprobs(model, prompt_ids[prompts, -p:], prompt_mask[prompts, -p:], completion_ids[rows, :t],
                            mask, temperature, question), mask
-
 # --- 3. Advantages ----------------------------------------------------------------------------------
 def outcome_advantages(rewards, scale="std"):
     """How much better a completion did than its group: A_hat[i] = (r_i - mean(r)) / std(r), section 4.1.2.
-
     rewards (B, G) -> advantages (B, G), one for all tokens of a completion. This group mean stands in for
     the value model of PPO, a second network that predicts the reward. scale="none" leaves the division out,
     so that nearly solved and nearly hopeless questions do not weigh more (Dr. GRPO, arXiv 2503.20783).
@@ -293,27 +279,49 @@ def outcome_advantages(rewards, scale="std"):
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
         raise ValueError(f"rewards must be (B, G) with G at least 2, not {tuple(rewards.shape)}")
-    if scale not in ("std", "none"):
-        raise ValueError(f'scale must be "std" or "none", not "{scale}"')
-    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32))
     # TRAP: mean and std are those of the row, the question's own group, never of the batch
     # (test_groups_do_not_mix).
-    advantages = rewards - rewards.mean(dim=1, keepdim=True)
-    if scale == "std":
-        advantages = advantages / (rewards.std(dim=1, keepdim=True) + STD_EPSILON)
+    return _normalised(rewards, torch.ones_like(rewards, dtype=torch.bool), scale)
+
+def process_advantages(rewards, ends, mask, group_size, scale="std"):
+    """Steps have rewards of their own: A_hat[i,t] = sum of r~[i,j] over the steps j that end at or after t, 4.1.3.
+    rewards, ends: (N, K), what a step earned and the token that ends it, padded with ends of -1; mask (N, T).
+    r~ is the reward normalised over all steps of the group; scale as above. -> (N, T), 0 where mask is false.
+
+    G = 2, steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, std 0.577, so r~ is +-0.866
+    -> [0.87, 0.87, 0, 0, 0.87] and [-0.87, -0.87, -0.87, 0, 0]; behind the last step nothing is left to earn
+    """
+    B = len(rewards) // group_size
+    groups = _normalised(rewards.reshape(B, -1), ends.reshape(B, -1) >= 0, scale)                     # (B, G * K)
+    # Each r~ goes onto the token that ends its step; then every token sums up what stands on it and behind it.
+    at_end = groups.new_zeros(mask.shape).scatter_add(1, ends.clamp(min=0), groups.view_as(rewards))   # (N, T)
+    return at_end.flip(1).cumsum(dim=1).flip(1).masked_fill(~mask, 0.0)
+
+def _normalised(rewards, real, scale):
+    """(r - mean) / std over the entries of a row that are real; the others become 0. (B, n), (B, n) -> (B, n)."""
+    if scale not in ("std", "none"):
+        raise ValueError(f'scale must be "std" or "none", not "{scale}"')
+    rewards = rewards.to(torch.promote_types(rewards.dtype, torch.float32)).masked_fill(~real, 0.0)
+    count = real.sum(dim=1, keepdim=True)                                       # (B, 1)
+    centred = (rewards - rewards.sum(dim=1, keepdim=True) / count).masked_fill(~real, 0.0)
+    std = (centred.square().sum(dim=1, keepdim=True) / (count - 1)).sqrt()
     # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny std they
     # would be of order 1; STD_EPSILON shrinks that, this makes it 0 (test_equal_rewards_give_exactly_zero).
-    spread = rewards.amax(dim=1, keepdim=True) - rewards.amin(dim=1, keepdim=True)
-    return advantages.masked_fill(spread < EQUAL_REWARDS, 0.0)
-
+    equal = centred.amax(dim=1, keepdim=True) - centred.amin(dim=1, keepdim=True) < EQUAL_REWARDS
+    return (centred / (std + STD_EPSILON) if scale == "std" else centred).masked_fill(equal, 0.0)
 # --- 4. The objective -------------------------------------------------------------------------------
+# The unified view (eq. 5, table 10): each method has the gradient E[1/|o| * sum_t GC * grad log pi(o_t | q, o_<t)].
+# They differ in where the completions come from, and in GC, the gradient coefficient of a token:
+#   SFT          people                   1                                     warm_up of train.py
+#   RFT          the reference            1 if the answer is right, else 0      --advantage indicator --kl-beta 0
+#   Online RFT   the policy               1 if the answer is right, else 0      (for RFT: --sample-from reference)
+#   GRPO         the policy, in groups    A_hat + beta * (pi_ref/pi - 1)        (eq. 21, at pi_old = pi)
 def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
 
     It is 0 where the two agree and positive elsewhere: for pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307.
-    Averaged over samples from pi it equals KL(pi || pi_ref): that is what "unbiased" means in the paper.
-    Differentiated as a loss on those samples, it has on average the gradient of KL(pi_ref || pi) instead
-    (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
+    Averaged over samples from pi it is KL(pi || pi_ref), "unbiased" in the paper. Differentiated on them it has on
+    average the gradient of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
     # PAPER: eq. 4 has no clamp. Without one, a token of log-ratio 100 makes the whole step inf or nan.
     log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
@@ -337,7 +345,6 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
 
 def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
     """What `grpo_loss` divides its sum over all rows by, as a float; mask: (N, T).
-
     Rows without any token (taken out of the loss by the caller) do not count. At least 1.
     Raises ValueError for an unknown aggregate, or "constant" without max_completion_tokens.
     """
@@ -348,16 +355,11 @@ def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
         return float(max(mask.sum().item(), 1))
     if aggregate == "constant" and max_completion_tokens:   # Dr. GRPO: no reward for being short
         return float(max(rows, 1) * max_completion_tokens)
-    raise ValueError('aggregate must be "sequence", "token", or "constant" with max_completion_tokens, '
-                     f'not "{aggregate}"')
-
-def masked_mean(values, mask):
-    """Mean over the tokens that count: (N, T), (N, T) -> a scalar, 0 if there are none."""
-    return values.masked_fill(~mask, 0.0).sum() / mask.sum().clamp(min=1)
+    raise ValueError(f'aggregate is sequence, token, or constant with max_completion_tokens, not "{aggregate}"')
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_high=0.2, kl_beta=0.04,
               aggregate="sequence", max_completion_tokens=None, denominator=None):
-    """The GRPO loss: eq. 3 with its sign turned, since optimizers minimise.
+    """The GRPO loss: eq. 3 (Algorithm 1 says 21, which is GC) with its sign turned, since optimizers minimise.
 
       J = 1/G * sum_i  1/|o_i| * sum_t { min(ratio * A, clip(ratio) * A) - beta * KL[i,t] }
 
@@ -366,13 +368,11 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     Returns (loss, diagnostics): a scalar, and means over this call's tokens as detached scalars: kl (with logp_ref
     only), and clip_share, the share of tokens whose gradient the clip took away.
     Raises ValueError if the KL term lacks its reference or the shapes do not fit.
-    TRAP: cut into micro-batches, each must be divided by the denominator of the whole batch, passed in
-    as `denominator`, and the losses summed; a mean of means depends on the cut
-    (test_micro_batches_change_nothing).
+    TRAP: cut into micro-batches, each must be divided by the `denominator` of the whole batch, and the losses
+    summed; a mean of means depends on the cut (test_micro_batches_change_nothing).
 
-    At pi_old = pi, as in the first update after sampling, every ratio is 1 and the advantages of a group
-    sum to 0. So with "sequence" the loss prints as 0 (plus the KL term). That is no bug: the gradient of J is
-    not 0, it is 1/G * sum_i 1/|o_i| * sum_t (A + beta * (pi_ref/pi - 1)) * grad log pi, eq. 20 and 21.
+    At pi_old = pi, as in the first update after sampling, every ratio is 1 and the advantages of a group sum to 0.
+    So with "sequence" the loss prints as 0 (plus the KL term). That is no bug: the gradient, above, is not 0.
     """
     if kl_beta and logp_ref is None:
         raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")
@@ -384,10 +384,11 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)   # (N, T)
     ratio = (logp - logp_old).detach().exp()
     too_far = ((advantages > 0) & (ratio > 1 + clip_high)) | ((advantages < 0) & (ratio < 1 - clip_low))
-    diagnostics = {"clip_share": masked_mean(too_far.to(logp.dtype), mask)}
+    tokens = mask.sum().clamp(min=1)
+    diagnostics = {"clip_share": (too_far & mask).sum() / tokens}
     if logp_ref is not None:
         kl = kl_estimate(logp, logp_ref)                                        # (N, T)
-        diagnostics["kl"] = masked_mean(kl.detach(), mask)
+        diagnostics["kl"] = kl.detach().masked_fill(~mask, 0.0).sum() / tokens
         objective = objective - kl_beta * kl
     # TRAP: masked_fill, not `* mask`: where padding holds inf or nan, 0 times it is nan
     # (test_padding_may_hold_anything).

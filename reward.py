@@ -21,27 +21,21 @@ Conventions, each a choice (change one, and the tests will tell you what moved):
 (True, False, False)
 """
 
-import cmath
-import functools
-import math
-import operator
-import re
-import runpy
-import zlib
+import cmath, copy, functools, math, operator, random, re, runpy, zlib
 from dataclasses import dataclass
 from fractions import Fraction
 
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
 # What follows a question, as in the prompts of the released DeepSeekMath models.
 MATH_REQUEST = "Please reason step by step, and put your final answer within \\boxed{}."
-MAX_ANSWER = 400   # characters; a marked text longer than this is no answer
-MAX_LENGTH = 300   # characters of an answer after the clean-up
-MAX_DEPTH = 40     # expressions within expressions
-MAX_ITEMS = 50     # of a list
-MAX_BITS = 1000    # of numerator and denominator together
+MAX_ANSWER, MAX_LENGTH = 400, 300   # characters of a marked text, and of an answer after the clean-up
+# Expressions within expressions; items of a list; bits of numerator and denominator together
+MAX_DEPTH, MAX_ITEMS, MAX_BITS = 40, 50, 1000
 
 class InputError(Exception):
     """Something that the user can mend; the text says what and how. The command line prints it as one line."""
-
 # --- 1. Extraction ------------------------------------------------------------------------------------
 def extract_answer(completion):
     r"""The text that a completion marks as its answer, or None if there is none. str -> str | None.
@@ -65,7 +59,6 @@ def extract_answer(completion):
                 answer = boxed[:brace.start()]
                 break
     return answer.strip() if 0 < len(answer.strip()) <= MAX_ANSWER else None
-
 # --- 2. Clean-up: one spelling for what means the same ------------------------------------------------
 _CHARACTERS = str.maketrans({
     **{0xFEE0 + code: code for code in range(0x21, 0x7F)},   # fullwidth forms
@@ -115,7 +108,7 @@ def clean(text):
 # Units: their short names, where they stand, and the words that are none, since they change the number in front.
 _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gram", mg="milligram", kg="kilogram",
               ml="milliliter", ft="foot", feet="foot", lb="pound", oz="ounce", s="second", min="minute", h="hour",
-              hr="hour", mph="milehour", per="", sq="square") | {"in": "inch"}
+              hr="hour", mph="hourmile", per="", square="2", sq="2", cubic="3") | {"in": "inch"}
 _UNIT = re.compile(rf"""(?<=[\d}})\]%!i])                     # behind a number, a bracket or \pi
     (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{{...}}
     | (?: [ ~/] [A-Za-z]{{3,}} | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? )
@@ -127,32 +120,17 @@ _NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus 
     "|[百万亿十半]|千(?![克米瓦])")
 
 def _split_unit(text):
-    """("18", "inch2") of "18 square inches" and "18 in^2";  ("18 x", "") of "18 x", for a letter is a factor."""
+    """("18", "2inch") of "18 square inches" and "18 in^2";  ("18 x", "") of "18 x", for a letter is a factor."""
     match = _UNIT.search(text)
     if not match or _NO_UNIT.search(match[0].casefold()):
         return text, ""
-    unit = re.sub(r"\bcubic (.*)", r"\1 3", re.sub(r"\b(?:square|sq\.?) (.*)", r"\1 2", match[0].casefold()))
-    words = re.findall("[a-z]+|[23]|[一-鿿]+", re.sub(r"(?<=ch)es\b|(?<=[a-z]{2})s\b", "", unit))
-    return text[:match.start()], "".join(_SHORT.get(word, word) for word in words)
+    words = re.findall("[a-z]+|[23]|[一-鿿]+", re.sub(r"(?<=ch)es\b|(?<=[a-z]{2})s\b", "", match[0].casefold()))
+    return text[:match.start()], "".join(sorted(_SHORT.get(word, word) for word in words))
 
 def _split_name(text):
-    r"""("x", "5") of "x = 5", ("x", "5, 6") of "x = 5, x = 6", a name and its interval of x >= 5; else ("", text).
-    >>> _split_name("1 < x <= 3"), _split_name("x >= 5"), _split_name("2x = 5")
-    (('x', '(1, 3]'), ('x', '[5, \\infty)'), ('', '2x = 5'))
-    """
+    """("x", "5") of "x=5", ("x", "5,6") of "x=5, x=6"; ("", "2x = 5") of "2x = 5", which is an equation."""
     name = re.match(r"(\\?[A-Za-z]+(?:_\w+|\(\w\))?|\([a-z](?:, ?[a-z])+\))[ ~]*=", text)
-    if name:
-        return name[1], re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)
-    parts = re.split(r"[ ~]?([<>]=?)[ ~]?", text)
-    if ">" in text:   # 3 >= x is x <= 3
-        parts = [part.replace(">", "<") for part in reversed(parts)]
-    if len(parts) == 3:
-        parts = ["-\\infty", "<", *parts] if parts[0].isalpha() else [*parts, "<", "\\infty"]
-    if len(parts) != 5 or not re.fullmatch("[A-Za-z]", parts[2]) or {"<", ">"} <= set(text):
-        return "", text
-    low, left, name, right, high = parts
-    return name, f"{'[' if left == '<=' else '('}{low}, {high}{']' if right == '<=' else ')'}"
-
+    return (name[1], re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)) if name else ("", text)
 # --- 3. The parser ------------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Group:
@@ -258,7 +236,6 @@ def parse(text):
         return [_atom(tokens.copy(), point, 0) for point in range(3)]
     except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
         return None
-
 # --- 4. Comparison ------------------------------------------------------------------------------------
 def _same(a, b):
     """Whether two values, each given at all points, are the same."""
@@ -280,6 +257,7 @@ def _same(a, b):
         b.remove(match)
     return True
 
+@functools.lru_cache(maxsize=10_000)
 def is_equivalent(answer, gold):
     r"""Whether two answers mean the same. str, str -> bool.
     >>> is_equivalent(r"1\frac12", "1.5"), is_equivalent(r"\sqrt 8", r"2\sqrt{2}"), is_equivalent("2x=4y", "x-2y=0")
@@ -305,8 +283,7 @@ def is_equivalent(answer, gold):
             pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
     return any(_TOKEN.findall(a) == _TOKEN.findall(b) or parse(a) and parse(b) and _same(parse(a), parse(b))
                for a, b in pairs)   # the same text, but for spaces, or the same value
-
-# --- 5. Rewards and votes ---------------------------------------------------------------------------------------
+# --- 5. Rewards -----------------------------------------------------------------------------------------------
 def accuracy_reward(completion, gold):
     r"""1.0 if the marked answer of `completion` is equivalent to `gold`, else (and if either is missing) 0.0.
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18"), accuracy_reward(None, "18")
@@ -320,18 +297,6 @@ def accuracy_reward(completion, gold):
 def final_answer(solution):
     """What stands behind the last "#### " of a solution, as in GSM8K, or all of it; "" if there is none."""
     return "" if solution is None else str(solution).rpartition("#### ")[2].strip()
-
-def majority(answers, gold):
-    """maj@K of one question: 1.0 if the most frequent answer (of a tie, the first) is right, else 0.0."""
-    groups = []   # lists of equivalent answers; None, no answer, has no vote
-    for answer in (answer for answer in answers if answer is not None):
-        group = next((group for group in groups if is_equivalent(answer, group[0])), None)
-        groups.append([answer]) if group is None else group.append(answer)
-    return float(is_equivalent(max(groups, key=len, default=[""])[0], gold))
-
-def last_number(text):
-    """The last number in a text, marked or not, or "": what lm-evaluation-harness calls flexible-extract."""
-    return ([""] + re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:]))[-1].rstrip(",")
 
 def accuracy_rewards(prompts, completions, answer, **kwargs):
     r"""`accuracy_reward` of N completions, with the signature that TRL's GRPOTrainer calls. -> N floats.
@@ -348,7 +313,7 @@ def load_reward(name):
     """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
     path, _, function = name.rpartition(":")
     try:
-        return runpy.run_path(path)[function] if name else accuracy_rewards
+        return accuracy_rewards if name in ("", "model") else runpy.run_path(path)[function]
     except Exception as error:   # a user's file may fail in any way
         raise InputError(f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards in reward.py")
 
@@ -361,11 +326,9 @@ def score_texts(reward, problems, texts):
             raise ValueError(f"{rewards} is not one finite number for each completion")
         return rewards
     except Exception as error:   # a user's function may fail in any way
-        if len(texts) == 1:
-            raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
-        for problem, text in zip(problems, texts):   # one by one, to find the one to blame
+        for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # one by one, to find the one to blame
             score_texts(reward, [problem], [text])
-        raise InputError(f"--reward: {error!r}; not of any one completion")
+        raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
 
 def step_rewards(completion):
     r"""1.0 or 0.0 for each step of a solution that can be checked: a list of (end, reward), end in characters.
@@ -398,3 +361,38 @@ def _holds(left, right):
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
     half = Fraction(1, 2 * 10 ** len(number[1] or "")) if number and re.search("[*/]", left) else 0
     return error == 0 or -half <= error < half
+# --- 6. The learned reward model of Algorithm 1 ---------------------------------------------------------
+# Where no rule can judge, a model learns to imitate a judge. It learns from examples (ids, ends, labels): the tokens
+# of prompt and completion, which of them end a step or the whole, and whether it is right, 1.0 or 0.0, at each end.
+class RewardModel(torch.nn.Module):
+    """The policy's architecture and weights, with a scalar head in place of the vocabulary's: logits of "right"."""
+    def __init__(self, policy):
+        super().__init__()
+        self.body = copy.deepcopy(policy.base_model)
+        self.head = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+
+    def forward(self, examples):
+        """n examples -> the logits at all their ends, one example after the other: (number of ends,)."""
+        ids = pad_sequence([torch.tensor(ids) for ids, _, _ in examples], batch_first=True)   # (n, S), padded on the
+        states = self.body(input_ids=ids.to(self.head.weight.device), use_cache=False)[0]     # right, where causal
+        at_ends = [states[row, ends] for row, (_, ends, _) in enumerate(examples)]            # attention never looks
+        return self.head(torch.cat(at_ends)).squeeze(1)
+
+@torch.no_grad()
+def score(model, examples, size=32):
+    """The probability of "right" at each end of each example, a list of lists of floats; labels are not read."""
+    logits = torch.cat([model(examples[i:i + size]) for i in range(0, len(examples), size)])
+    return [p.tolist() for p in logits.sigmoid().split([len(ends) for _, ends, _ in examples])]
+
+def fit(model, examples, lr, epochs=3, size=8):
+    """Train a reward model by cross-entropy with the labels: each example once an epoch, `size` of them a step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
+    order = [example for _ in range(epochs) for example in random.sample(examples, len(examples))]
+    for i in range(0, len(order), size):
+        logits = model(order[i:i + size])
+        labels = torch.tensor([label for _, _, labels in order[i:i + size] for label in labels], device=logits.device)
+        torch.nn.functional.binary_cross_entropy_with_logits(logits, labels).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.param_groups[0]["lr"] = lr * (1 - i / len(order))   # falls to 0
+        optimizer.step()
+        optimizer.zero_grad()

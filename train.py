@@ -4,42 +4,26 @@
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
     python train.py --resume runs/gsm8k-0                  a run that was stopped or killed goes on
 
-All take the same way through this file: options, model and problems, (supervised warm-up), then `train`, the
-loops of Algorithm 1 with evaluations before, between and after. A run is a folder that transformers can load.
+All take the same way through this file. A run is a folder that transformers can load.
 """
 
-import contextlib
-import copy
-import dataclasses
-import functools
-import itertools
-import json
-import math
-import os
-import random
-import shutil
-import signal
-import sys
-import time
-import zlib
+import bisect, collections, contextlib, copy, dataclasses, itertools, json
+import os, random, shutil, signal, sys, time, zlib
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
-import numpy
-import safetensors.torch
-import torch
+import numpy, safetensors.torch, torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-
 from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, load_model, load_problems,
                   pad, pick_device, run_cli, sample_problems, save_model)
-from grpo import bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, score_rows
-from reward import InputError, load_reward, score_texts
-
+from grpo import (bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, process_advantages,
+                  score_rows)
+from reward import InputError, RewardModel, fit, load_reward, score, score_texts, step_rewards
 # --- 1. Options: one dataclass, and one dict of what differs without a --model -----------------------
-def opt(default, help, least=None, above=None, choices=None, group=None):
+def opt(default, help, least=None, above=None, choices="", group=None):
     """A field of Config: its default, a line of help, its bounds; `group` starts a new group in --help."""
     return dataclasses.field(default=default, metadata=locals())
 
@@ -47,7 +31,7 @@ def opt(default, help, least=None, above=None, choices=None, group=None):
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
     problems: str = opt("gsm8k", "arithmetic, gsm8k, math, or a JSON-lines file")
-    reward: str = opt("", "FILE.py:FUNCTION, called like accuracy_rewards of reward.py; none: that one")
+    reward: str = opt("", "FILE.py:FUNCTION, like accuracy_rewards of reward.py; none: that; model: learned from it")
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to go on with; only sample-tokens, micro-tokens, activation-checkpointing may change")
@@ -65,20 +49,21 @@ class Config:
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 loads no reference", least=0)
     clip_low: float = opt(0.2, "the ratio is clipped below 1 - this", least=0)
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", least=0)
-    scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices=("std", "none"))
-    aggregate: str = opt("sequence", "mean over completions: sequence (paper); over all tokens: token (DAPO); "
-                         "by a constant: constant (Dr. GRPO)", choices=("sequence", "token", "constant"))
+    scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices="std none")
+    aggregate: str = opt("sequence", "of means; token: DAPO, constant: Dr. GRPO", choices="sequence token constant")
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
-    shuffle_rewards: bool = opt(False, "control experiment: shuffle the rewards within each group")
+    supervision: str = opt("outcome", "process: steps have rewards of their own, too", choices="outcome process")
+    advantage: str = opt("group", "indicator: the bare reward, as in Online RFT", choices="group indicator")
+    sample_from: str = opt("policy", "reference: it writes the completions, as in RFT", choices="policy reference")
+    reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)", above=0)
+    reward_size: int = opt(2048, "completions that it is fitted to, at first and after each iteration", least=1)
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)", above=0, group="optimizer")
     lr_warmup: int = opt(5, "steps in which the learning rate rises", least=0)
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
-    weight_decay: float = opt(0.0, "of AdamW", least=0)
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
     micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
-    sft_batch: int = opt(32, "solutions per step", least=1)
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
     eval_problems: str = opt("", "as gsm8k,mgsm_zh; none: those of the set, or a tenth of a file", group="evaluation")
     eval_limit: int = opt(200, "at most so many of them", least=1)
@@ -88,7 +73,7 @@ class Config:
 
 # What differs when no --model is given. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
-               sft_steps=1000, sft_lr=4e-3, eval_every=20, show_every=20)
+               sft_steps=1000, sft_lr=4e-3, reward_lr=1e-3, eval_every=20, show_every=20)
 
 def parse_config(argv):
     """Config of a command line: what is given, else that of the resumed run, BUILTIN, the default. Or InputError."""
@@ -99,7 +84,7 @@ def parse_config(argv):
             group = parser.add_argument_group(meta["group"])
         text = f"{meta['help']} [{'none' if field.default in ('', None) else field.default}"
         text += f"; built-in: {BUILTIN[field.name]}]" if field.name in BUILTIN else "]"
-        kind = dict(type=field.type, choices=meta["choices"], metavar="X")
+        kind = dict(type=field.type, choices=meta["choices"].split() or None, metavar="X")
         group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else kind)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     defaults, run = ({} if given.get("model") else BUILTIN), given.get("resume")
@@ -122,7 +107,6 @@ def parse_config(argv):
         if low is not None and (not low <= value < 2 ** 63 or value == meta["above"]):
             raise InputError(f"{flag} must be finite and {bound} {low}, not {value} ({meta['help']})")
     return config
-
 # --- 2. The model and the problems ------------------------------------------------------------------
 def make_tiny_model(seed, device):
     """(model, tokenizer): a Llama of 210,000 random parameters that knows numbers, signs and \\boxed{}."""
@@ -154,7 +138,7 @@ def gather_problems(config, model, tokenizer):
         elif config.eval_problems or not Path(name).is_file():
             held_out[name if config.eval_problems else "in"] = load(name, "test")
     if not held_out:   # a user's own file: a tenth of it is never trained on, the same tenth for every seed
-        held_out = {"in": random.Random(0).sample(problems, min(math.ceil(len(problems) / 10), config.eval_limit))}
+        held_out = {"in": random.Random(0).sample(problems, min(-(-len(problems) // 10), config.eval_limit))}
         questions = {problem.question for problem in held_out["in"]}
         problems = worked = [problem for problem in problems if problem.question not in questions]
     worked = [problem for problem in worked if problem.solution]
@@ -163,13 +147,11 @@ def gather_problems(config, model, tokenizer):
     if config.sft_steps and not worked:
         raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none, so leave it out")
     return problems, worked, {split: rows[:config.eval_limit] for split, rows in held_out.items()}
-
-# --- 3. Optimizer steps, and the supervised warm-up --------------------------------------------------
+# --- 3. One step of GRPO, and of the supervised warm-up ---------------------------------------------
 def learning_rate(step, steps, peak, warmup, end):
     """That of step 0, 1, ...: up linearly to `peak` in `warmup` steps, then down linearly to `end * peak`."""
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * (1 - (1 - end) * (step - warmup) / max(1, steps - 1 - warmup))
+    down = 1 - (1 - end) * max(0, step - warmup) / max(1, steps - 1 - warmup)
+    return peak * min(down, (step + 1) / max(1, warmup))
 
 def demand_finite(run, values, rows):
     """Unless the values, (n, t), of these rows of run.rows are finite, save what is not: FloatingPointError."""
@@ -179,74 +161,62 @@ def demand_finite(run, values, rows):
         raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
                                  f"{run.out / 'not-finite.json'}; a new run with a lower --lr may do better")
 
-def optimizer_step(run, optimizer, lr, max_grad_norm):
-    """One step along the gradients summed up so far; returns their norm before it is cut to `max_grad_norm`."""
-    (group,) = optimizer.param_groups
-    norm = torch.nn.utils.clip_grad_norm_(group["params"], max_grad_norm)
-    demand_finite(run, norm.expand(len(run.rows), 1), range(len(run.rows)))   # one of all rows: nobody knows which
-    group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm.item()
+# N = B * G completions, question-major. prompt_ids, prompt_mask: (B, P); completion_ids, mask, logp_sampler: (N, T),
+# truncated: (N,): the fields of Samples; rewards: (B, G), of the final answers; advantages: (N, T); texts: N strings;
+# examples: N, labelled by the rule, for the reward model; t_reward: seconds that the rewards took
+Batch = collections.namedtuple("Batch", "prompt_ids prompt_mask completion_ids mask logp_sampler truncated rewards "
+                                        "advantages texts examples t_reward")
 
-def warm_up(run, problems, config, autocast):
-    """Supervised fine-tuning on worked solutions, before any reinforcement: cross-entropy on the completion."""
-    policy, tokenizer, rng = run.policy, run.tokenizer, random.Random(config.seed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
-    policy.train()
-    bar = tqdm(range(config.sft_steps), desc="supervised warm-up")
-    for step in bar:
-        batch = rng.sample(problems, min(config.sft_batch, len(problems)))
-        run.phase, run.rows = f"step {step + 1} of the warm-up", [(p.question, p.solution) for p in batch]
-        prompt_ids, prompt_mask = pad(tokenizer, [build_prompt(tokenizer, p) for p in batch], "left", policy.device)
-        solutions = tokenizer([p.solution for p in batch], add_special_tokens=False).input_ids
-        solutions = [ids + [tokenizer.eos_token_id] for ids in solutions]
-        completion_ids, mask = pad(tokenizer, solutions, "right", policy.device)
-        mask, total = mask.bool(), 0.0
-        for rows in micro_batches(range(len(mask)), prompt_mask, mask, config.micro_tokens):
-            with autocast():
-                logp, _, _ = score_rows(policy, rows, prompt_ids, prompt_mask, completion_ids, mask, 1.0)
-            demand_finite(run, logp, rows)
-            loss = -logp.sum() / mask.sum()   # mean over the tokens of the whole batch
-            loss.backward()
-            total += loss.item()
-        lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
-        optimizer_step(run, optimizer, lr, config.max_grad_norm)
-        bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
-    policy.eval()
-
-# --- 4. One step of GRPO ----------------------------------------------------------------------------
-class Batch(NamedTuple):
-    """The completions of one step, N = B * G rows, question-major. The first four fields are for `score_rows`."""
-    prompt_ids: torch.Tensor       # (B, P)
-    prompt_mask: torch.Tensor      # (B, P)
-    completion_ids: torch.Tensor   # (N, T) this and the next three: the fields of Samples
-    mask: torch.Tensor             # (N, T)
-    logp_sampler: torch.Tensor     # (N, T)
-    truncated: torch.Tensor        # (N,)
-    rewards: torch.Tensor          # (B, G)
-    advantages: torch.Tensor       # (N,)
-    texts: list                    # N strings
-    t_reward: float                # seconds that the reward took
+def step_ends(tokenizer, ids, text, ends):
+    """For each end, in characters, the place in ids of the token with which text[:end] is there: a character may take
+    several tokens, and a token may hold the end of one step and the start of the next."""
+    return [bisect.bisect_left(range(len(ids)), True, key=lambda place: tokenizer.decode(
+        ids[:place + 1], skip_special_tokens=True)[:end] == text[:end]) for end in ends]
 
 def sample_and_score(run, problems, config):
-    """G completions for each of B problems, their rewards and their advantages."""
+    """G completions for each of B problems, their rewards and their advantages. Returns a `Batch`."""
+    G, sampler = config.group_size, run.reference if config.sample_from == "reference" else run.sampler
     prompt_ids, prompt_mask, samples, texts = sample_problems(
-        run.sampler, run.tokenizer, problems, config.group_size, config.max_new_tokens, config.temperature,
-        config.sample_tokens)
+        sampler, run.tokenizer, problems, G, config.max_new_tokens, config.temperature, config.sample_tokens)
     start = time.perf_counter()   # the texts are there, so a GPU has finished
-    rows = [problem for problem in problems for _ in range(config.group_size)]   # question-major, as the texts are
-    rewards = torch.tensor(score_texts(load_reward(config.reward), rows, texts)).view(len(problems), -1)   # (B, G)
-    if config.shuffle_rewards:
-        rewards = torch.stack([group[torch.randperm(len(group))] for group in rewards])
-    advantages = outcome_advantages(rewards, config.scale_rewards).flatten().to(prompt_ids.device)   # (N,)
-    return Batch(prompt_ids, prompt_mask, *samples, rewards, advantages, texts, time.perf_counter() - start)
+    rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
+    right, examples, ends = score_texts(load_reward(config.reward), rows, texts), [], []
+    for i, text in enumerate(texts):
+        prompt = prompt_ids[i // G][prompt_mask[i // G].bool()].tolist()
+        ids = samples.completion_ids[i][samples.mask[i]].tolist()
+        steps = step_rewards(text) if config.supervision == "process" else []
+        # PAPER: the final answer is the last step, and ends with the completion.
+        ends.append([*step_ends(run.tokenizer, ids, text, [end for end, _ in steps]), len(ids) - 1])
+        examples.append((prompt + ids, [len(prompt) + end for end in ends[i]], [r for _, r in steps] + [right[i]]))
+    rewards = score(run.reward_model, examples) if config.reward == "model" else [labels for _, _, labels in examples]
+    outcome = torch.tensor([row[-1] for row in rewards]).view(-1, G)                                  # (B, G)
+    if config.supervision == "process":
+        rewards, ends = (pad_sequence([*map(torch.tensor, rows)], True, -1) for rows in (rewards, ends))   # (N, K)
+        advantages = process_advantages(rewards, ends, samples.mask.cpu(), G, config.scale_rewards)
+    else:
+        advantages = outcome if config.advantage == "indicator" else outcome_advantages(outcome, config.scale_rewards)
+        advantages = advantages.view(-1, 1).expand(samples.mask.shape)                                # (N, T)
+    return Batch(prompt_ids, prompt_mask, *samples, outcome, advantages.to(prompt_ids.device), texts, examples,
+                 time.perf_counter() - start)
+
+def renew_reward_model(run, problems, config):
+    """The end of an iteration of Algorithm 1: fit it to new completions, a tenth of them old ones ("replay")."""
+    run.phase = "fit of the reward model"
+    if not run.replay:   # at first: completions of the SFT model, with which the reward model starts, too
+        run.reward_model.load_state_dict(RewardModel(run.policy).state_dict())
+        rule, count = dataclasses.replace(config, reward=""), min(len(problems), config.questions)
+        while len(run.fresh) < config.reward_size:
+            run.fresh += sample_and_score(run, random.sample(problems, count), rule).examples
+    new = run.fresh[-config.reward_size:]
+    old = random.sample(run.replay, min(len(run.replay), len(new) // 9))
+    print(f"the reward model is fitted to {len(new)} new and {len(old)} old completions", flush=True)
+    fit(run.reward_model, new + old, config.reward_lr)
+    run.replay, run.fresh = run.replay + new, []
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch. Returns means: gap and entropy over the tokens of `cuts` in the first pass;
     kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
-    cuts: micro-batches; logp_ref: the reference's log-probs of each, or None. In the first pass the weights are
-    still those that sampled, so its log-probs are logp_old, and later passes reuse them.
+    cuts: micro-batches; logp_ref: the reference's log-probs of each, or None.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
@@ -259,38 +229,63 @@ def update(run, batch, cuts, logp_ref, config, lr, autocast):
             with autocast():
                 logp, entropy, mask = score_rows(run.policy, rows, *batch[:4], config.temperature)   # (n, t)
             demand_finite(run, logp, rows)
-            if pass_number == 0:
-                # PAPER: pi_old is what the trainer computes for the sampled tokens, not what the sampler
-                # said. The two differ by rounding, in bf16 visibly; the gap is logged.
+            if pass_number == 0 or config.sample_from == "reference":   # RFT: the ratio is always 1
+                # PAPER: pi_old is what the trainer computes for the sampled tokens while the weights are those that
+                # sampled them, not what the sampler said. The two differ by rounding, in bf16 visibly: the gap.
                 logp_old[i] = logp.detach()
+            if pass_number == 0:
                 gap = (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs()
                 means["gap"] += gap.sum().item() / tokens
                 means["entropy"] += entropy.sum().item() / tokens
             loss_mask = in_loss[rows, :mask.shape[1]]
             loss, diagnostics = grpo_loss(
-                logp, logp_old[i], logp_ref[i], batch.advantages[rows], loss_mask, config.clip_low,
+                logp, logp_old[i], logp_ref[i], batch.advantages[rows, :mask.shape[1]], loss_mask, config.clip_low,
                 config.clip_high, config.kl_beta, config.aggregate, config.max_new_tokens, denominator)
             loss.backward()
             means["loss"] += loss.item() / config.mu
             for name, value in diagnostics.items():
                 means[name] += value.item() * loss_mask.sum().item() / tokens_in_loss / config.mu
-        means["grad_norm"] += optimizer_step(run, run.optimizer, lr, config.max_grad_norm) / config.mu
+        norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), config.max_grad_norm)
+        demand_finite(run, norm.expand(len(run.rows), 1), range(len(run.rows)))   # nobody knows which row
+        run.optimizer.param_groups[0]["lr"] = lr
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        means["grad_norm"] += norm.item() / config.mu
     run.policy.eval()
     return means
 
+def warm_up(run, problems, config, autocast):
+    """Supervised fine-tuning on worked solutions: the same update, with a gradient coefficient of 1 (table 10)."""
+    config = dataclasses.replace(config, mu=1, kl_beta=0.0, aggregate="token", mask_truncated=False, temperature=1.0)
+    rng, tokenizer, device, optimizer = random.Random(config.seed), run.tokenizer, run.policy.device, run.optimizer
+    run.optimizer = torch.optim.AdamW(run.policy.parameters(), lr=config.sft_lr, betas=(0.9, 0.95), weight_decay=0.0)
+    for step in (bar := tqdm(range(config.sft_steps), desc="supervised warm-up")):
+        rows = rng.sample(problems, min(32, len(problems)))
+        run.phase, run.rows = f"step {step + 1} of the warm-up", [(p.question, p.solution) for p in rows]
+        prompts = pad(tokenizer, [build_prompt(tokenizer, p) for p in rows], "left", device)
+        solutions = tokenizer([p.solution for p in rows], add_special_tokens=False).input_ids
+        completion_ids, mask = pad(tokenizer, [ids + [tokenizer.eos_token_id] for ids in solutions], "right", device)
+        zeros = torch.zeros(mask.shape, device=device)   # as the sampler's log-probs: so the gap is the cross-entropy
+        batch = Batch(*prompts, completion_ids, mask.bool(), zeros, zeros[:, 0], None, zeros + 1, None, None, 0.0)
+        cuts = micro_batches(range(len(mask)), batch.prompt_mask, mask, config.micro_tokens)
+        lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
+        loss = update(run, batch, cuts, [None] * len(cuts), config, lr, autocast)["gap"]
+        bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+    run.optimizer = optimizer
 # --- 5. The log -------------------------------------------------------------------------------------
-COLUMNS = dict(step="5d", reward="7.3f", zero_var="9.2f", length="7.1f", truncated="10.2f", loss="8.4f",
-               kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e", grad_norm="10.3f", lr="8.1e",
-               tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f", t_update="9.2f", mem_gb="7.2f")
+COLUMNS = dict(step="5d", reward="7.3f", right="6.3f", agree="6.3f", zero_var="9.2f", length="7.1f",
+               truncated="10.2f", loss="8.4f", kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e",
+               grad_norm="10.3f", lr="8.1e", tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f",
+               t_update="9.2f", mem_gb="7.2f")
 
 def print_metrics(metrics, heading):
     """One line of fixed columns, with or without a heading above."""
+    columns = {name: spec for name, spec in COLUMNS.items() if name in metrics}
     if heading:
-        print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in COLUMNS.items()))
-    print(" ".join(format(metrics[name], spec) for name, spec in COLUMNS.items()), flush=True)
+        print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in columns.items()))
+    print(" ".join(format(metrics[name], spec) for name, spec in columns.items()), flush=True)
     if metrics["truncated"] > 0.5:
         print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
-
 # --- 6. Checkpoints and signals ---------------------------------------------------------------------
 STOP = {"signal": 0, "at once": True}   # the signal that came; may it end the run at once, or only after the step?
 
@@ -309,20 +304,17 @@ def checkpoints(run):
     return sorted((p for p in (run.out / "checkpoints").glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
 
 def save_checkpoint(run):
-    """Write out/checkpoints/<step>, whole or not at all, and keep the last two. Raises OSError.
-    The learning rate, the order of the problems and all random numbers follow from step and seed: not saved.
-    """
+    """Write out/checkpoints/<step>, whole or not at all, and keep the last two. Raises OSError."""
     folder, unfinished = (run.out / "checkpoints" / name for name in (str(run.step), "unfinished"))
     if folder.exists():
         return
     try:
         shutil.rmtree(unfinished, ignore_errors=True)   # left by a process that was killed in here
         unfinished.mkdir(parents=True)
-        safetensors.torch.save_model(run.policy, unfinished / "policy.safetensors")
-        if run.reference is not None:
-            safetensors.torch.save_model(run.reference, unfinished / "reference.safetensors")
-        torch.save({"optimizer": run.optimizer.state_dict(), "step": run.step, "scores": run.scores,
-                    "seconds": time.time() - run.started}, unfinished / "state.pt")
+        for name, model in run.models.items():
+            safetensors.torch.save_model(model, unfinished / f"{name}.safetensors")
+        torch.save(dict(optimizer=run.optimizer.state_dict(), step=run.step, scores=run.scores, fresh=run.fresh,
+                        replay=run.replay, seconds=time.time() - run.started), unfinished / "state.pt")
         for path in (run.out / "metrics.jsonl", *unfinished.iterdir()):
             with open(path, "rb+") as file:
                 os.fsync(file.fileno())   # onto the disk, before the name says that it is whole
@@ -338,30 +330,32 @@ def load_checkpoint(run):
     for folder in checkpoints(run)[-1:]:
         try:
             state = torch.load(folder / "state.pt", map_location="cpu", weights_only=True)
-            if run.reference is not None:
-                safetensors.torch.load_model(run.reference, folder / "reference.safetensors")
-            safetensors.torch.load_model(run.policy, folder / "policy.safetensors")
-        except Exception as error:   # a broken file may fail in any way
-            print(f"{folder} is damaged: {' '.join(str(error).split())[:200]}")
-            if len(checkpoints(run)) == 1:
-                raise InputError(f"--resume {run.out}: no checkpoint is whole, so start another run")
-            folder.rename(f"{folder}.damaged")
-            return load_checkpoint(run)
-        run.optimizer.load_state_dict(state["optimizer"])
+            for name, model in run.models.items():
+                safetensors.torch.load_model(model, folder / f"{name}.safetensors")
+        except Exception as error:   # a broken file may fail in any way, and so does a model that has changed
+            raise InputError(f"{folder} is damaged, or not of this model: delete it to go on with the one before "
+                             f"({' '.join(str(error).split())[:200]})")
+        run.optimizer.load_state_dict(state.pop("optimizer"))
         run.sampler.load_state_dict(run.policy.state_dict())
-        run.step, run.scores, run.started = state["step"], state["scores"], run.started - state["seconds"]
+        vars(run).update(state, started=run.started - state.pop("seconds"))
     log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps will be written again
     if log.exists():
         os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:run.step + 1])))
-
 # --- 7. Algorithm 1, and the run --------------------------------------------------------------------
 def train(run, problems, held_out, config, autocast):
     """The loops over iterations and steps, as one, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
+    def restart(part):
+        """Start all random numbers anew: each part of a run is the same, whether or not it was resumed before it."""
+        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
+            seed(zlib.crc32(f"{config.seed} {part}".encode()))
     def finish_step(row):
         """Renew the sampler, which is the next step's pi_old; evaluate and save if it is time to; write the log."""
         done = row["step"]
         sampler.load_state_dict(run.policy.state_dict())
+        if config.reward == "model" and done < total and done % config.steps == 0:   # an iteration has ended
+            restart(f"fit {done}")
+            renew_reward_model(run, problems, config)
         if done in (0, total) or config.eval_every and done % config.eval_every == 0:
             run.phase = f"evaluation after step {done}"
             row["eval"] = {split: evaluate(
@@ -380,19 +374,17 @@ def train(run, problems, held_out, config, autocast):
 
     if run.step < 0:
         finish_step({"step": 0})
-    if config.mu == 1 and config.aggregate == "sequence" and not config.mask_truncated:
+    if (config.mu, config.supervision, config.advantage) == (1, "outcome", "group"):
         print("the loss stays near 0 because the advantages of a group add up to 0; its gradient is not 0")
     # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
             for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
     deck = itertools.islice(deck, run.step * config.questions, None)
     for step in (steps := range(run.step, total)):
-        if step % config.steps == 0 and config.kl_beta:   # an iteration begins: pi_ref <- pi_theta
+        restart(step)
+        if step % config.steps == 0 and "reference" in run.models:   # an iteration begins: pi_ref <- pi_theta
             run.reference.load_state_dict(sampler.state_dict())
         start = time.perf_counter()
-        # Every step starts the random numbers anew, so that it is the same in a run that was resumed before it.
-        for restart in (random.seed, numpy.random.seed, torch.manual_seed):
-            restart(zlib.crc32(f"{config.seed} {step}".encode()))
         questions = list(itertools.islice(deck, config.questions))
         # pi_old is the sampler: G completions of each question, their rewards and advantages
         run.phase = f"sampling of step {step + 1}"
@@ -400,10 +392,9 @@ def train(run, problems, held_out, config, autocast):
         run.rows = [(questions[i // config.group_size].question, text) for i, text in enumerate(batch.texts)]
         demand_finite(run, batch.logp_sampler, range(len(run.rows)))
         sampled = time.perf_counter()
-        # what pi_ref says of them. (Without a KL term a completion of advantage 0 has no gradient, and is
-        # left out; one stays, so that the optimizer makes its step.)
+        # what pi_ref says of them. Without a KL term those of advantage 0 have no gradient, and all but one stay away
         run.phase = f"reference pass of step {step + 1}"
-        rows = [i for i, a in enumerate(batch.advantages.tolist()) if a or config.kl_beta] or [0]
+        rows = [i for i, a in enumerate(batch.advantages.any(dim=1).tolist()) if a or config.kl_beta] or [0]
         cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
         logp_ref = [None] * len(cuts)
         for i, cut in enumerate(cuts if config.kl_beta else []):
@@ -420,15 +411,20 @@ def train(run, problems, held_out, config, autocast):
         lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
         metrics.update(
             step=step + 1, iteration=step // config.steps, reward=batch.rewards.mean().item(), lr=lr,
-            zero_var=(batch.advantages.view_as(batch.rewards) == 0).all(dim=1).float().mean().item(),
+            zero_var=(batch.advantages == 0).view(len(questions), -1).all(dim=1).float().mean().item(),
             left_out=1 - len(rows) / len(lengths), length=lengths.mean().item(),
             truncated=batch.truncated.float().mean().item(), tok_s=lengths.sum().item() / t_sample,
             t_sample=t_sample, t_reward=batch.t_reward, t_ref=referred - sampled,
             t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
+        if config.reward == "model":   # its verdicts on completions that it was not fitted to, against the rule's
+            right = torch.tensor([labels[-1] for _, _, labels in batch.examples]).view_as(batch.rewards)
+            agree = (right > 0.5) == (batch.rewards > 0.5)
+            metrics |= {"right": right.mean().item(), "agree": agree.float().mean().item()}
+            run.fresh = run.fresh[-config.reward_size:] + batch.examples
         print_metrics(metrics, heading=step % 20 == 0 or step == steps[0])
         if config.show_every and (step + 1) % config.show_every == 0:
             print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"
-                  f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0]:+.2f}", flush=True)
+                  f"--- reward {batch.rewards[0, 0]:g}, advantage {batch.advantages[0, 0]:+.2f}", flush=True)
         finish_step(metrics)
 
 def main(argv):
@@ -444,17 +440,22 @@ def main(argv):
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
-    shapes = [tokenizer.chat_template, len(tokenizer), *(p.shape for p in policy.parameters())]
-    data = zlib.crc32(repr((problems, worked, held_out, shapes)).encode())
+    data = zlib.crc32(repr((problems, worked, held_out, tokenizer.chat_template, len(tokenizer))).encode())
     if config.resume and json.loads((out / "run.json").read_text()).get("data") != data:
         raise InputError(f"--resume {out}: its problems or its model have changed, so start another run")
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
     # step: how many are done, -1 before the first evaluation; phase, rows: (question, completion), to say what failed
+    # fresh, replay: examples for the reward model, not yet and already used; models: those that a checkpoint holds
+    models = {"policy": policy}
+    if config.kl_beta or config.sample_from == "reference":
+        models["reference"] = copy.deepcopy(sampler)
+    if config.reward == "model":
+        models["reward_model"] = RewardModel(policy)
     run = SimpleNamespace(
-        policy=policy, sampler=sampler, reference=copy.deepcopy(sampler) if config.kl_beta else None,
-        optimizer=optimizer, tokenizer=tokenizer, out=out, started=started, step=-1, scores={}, phase="", rows=[])
+        **models, models=models, sampler=sampler, optimizer=optimizer, tokenizer=tokenizer, out=out, started=started,
+        step=-1, scores={}, phase="", rows=[], fresh=[], replay=[])
     settings = dataclasses.asdict(config) | {"out": str(out)}
     if config.resume:
         load_checkpoint(run)
@@ -465,7 +466,7 @@ def main(argv):
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     print(f"{policy.num_parameters():,} parameters on {device}; from step {max(0, run.step)}, the run goes to {out}")
     print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
-    autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
     try:
@@ -485,8 +486,7 @@ def main(argv):
                              "or in a new run --group-size, or give --activation-checkpointing") from None
         raise
     scores, seconds = run.scores, time.time() - run.started
-    (out / "summary.json").write_text(json.dumps(
-        {**scores, "seconds": seconds, "seed": config.seed, "config": settings}, indent=1))
+    (out / "summary.json").write_text(json.dumps(dict(**scores, seconds=seconds, seed=config.seed, config=settings)))
     for split in scores["before"]:
         for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
             cells = ["{:.3f} ({:.3f} - {:.3f})".format(measured[split][name], *measured[split][f"{name}_interval"])

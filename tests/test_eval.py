@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig
 import eval as evaluation
 import grpo
 from eval import (DOWNLOADS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
-                  load_model, load_problems, pad, pick_device, read_problems)
+                  load_model, load_problems, maj_at_k, pad, pass_at_k, pick_device, read_problems)
 from helpers import CHAT_TEMPLATE, make_chat_model
-from reward import MATH_REQUEST, accuracy_reward, last_number, majority
+from reward import MATH_REQUEST, accuracy_reward
 
 CPU = torch.device("cpu")
 
@@ -76,7 +77,7 @@ def test_golds_that_no_completion_can_match_are_counted(tmp_path, capsys):
     assert [problem.answer for problem in problems][:5] == ["1", "", "", ".", ""] and len(problems) == len(answers)
     paid = [accuracy_reward(f"\\boxed{{{problem.answer}}}", problem.answer) for problem in problems]
     assert paid == [1, 0, 0, 0, 0, 0, 0, 1, 1]
-    assert f"{path}: no reward for 6 of 9 questions: no answer, or too long, first in lines [2, 3, 4, 5, 6, 7]" in capsys.readouterr().out
+    assert f"{path}: no reward for 6 of 9 questions, lines [2, 3, 4, 5, 6, 7]: answer unusable" in capsys.readouterr().out
 
 
 # A line of each set as it is published, in words of our own.
@@ -97,20 +98,21 @@ def test_published_sets_come_through_the_download(name, tmp_path, monkeypatch):
     source.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
     sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
     monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path / "cache")
-    monkeypatch.setitem(DOWNLOADS, f"{name} test", (source.as_uri(), sha256))
+    key = "math" if name == "math500" else name   # MATH-500 is the test set of MATH
+    monkeypatch.setitem(DOWNLOADS, f"{key} test", (source.as_uri(), sha256))
     for _ in "ab":   # the second time it comes from the cache
         (problem,) = load_problems(name, "test")
         assert (problem.question, problem.answer, problem.line) == (question, answer, 1)
         assert ("逐步推理" in problem.request) == (name in ("cmath", "mgsm_zh")) and "\\boxed{}" in problem.request
         source.unlink(missing_ok=True)
-    assert (tmp_path / "cache" / "minimal-grpo" / f"{name}-test.jsonl").exists()
+    assert (tmp_path / "cache" / "minimal-grpo" / f"{key}-test.jsonl").exists()
     assert load_problems(name, "test", "Think.")[0].request == "Think."
 
 
 def test_addresses_and_checksums_of_downloads():
-    """A fixed commit in each address; MATH-500 is the test set of MATH; and no two other files are the same."""
-    assert set(DOWNLOADS) == {"gsm8k train", "gsm8k test", "math train", "math test", "math500 test", "cmath test", "mgsm_zh test"}
-    assert DOWNLOADS["math test"] == DOWNLOADS["math500 test"] and len(set(DOWNLOADS.values())) == 6
+    """A fixed commit in each address, and no two files are the same."""
+    assert set(DOWNLOADS) == {"gsm8k train", "gsm8k test", "math train", "math test", "cmath test", "mgsm_zh test"}
+    assert len(set(DOWNLOADS.values())) == 6
     for url, sha256 in DOWNLOADS.values():
         assert re.fullmatch(r"https://(raw|media)\.githubusercontent\.com/[^ ]*/[0-9a-f]{40}/[^ ]*\.jsonl", url)
         assert re.fullmatch("[0-9a-f]{64}", sha256)
@@ -256,11 +258,74 @@ def test_known_counts_give_the_known_interval():
     ([None], 0.0), (["1", "18"], 0.0), (["18", "1"], 1.0), (["18", "1,000", "1000"], 0.0),
 ])
 def test_majority(answers, score):
-    assert majority(answers, "18") == pytest.approx(score)
+    assert maj_at_k(answers, "18", len(answers)) == score
 
 
-def test_last_number():
-    assert [last_number(x) for x in ("a 1 b 2.", "1,234, and", "no", "-3.5", "18 dollars")] == ["2", "1,234", "", "-3.5", "18"]
+def test_pass_at_k_is_the_share_of_subsets_with_a_right_sample():
+    for n in range(1, 9):
+        for c in range(n + 1):
+            right = [1.0] * c + [0.0] * (n - c)
+            for k in range(1, n + 1):
+                subsets = [max(subset) for subset in itertools.combinations(right, k)]
+                assert pass_at_k(right, k) == pytest.approx(sum(subsets) / len(subsets), abs=1e-12)
+
+
+@pytest.mark.parametrize("answers", [["18", "18.0", "17", None, "16", "17"], ["17", "17", "18", "18"], [None] * 3])
+def test_maj_at_k_is_without_bias(answers):
+    """Its mean over all orders of the samples is the mean of the vote over all draws of k of them."""
+    orders = list(itertools.permutations(answers))
+    for k in range(1, len(answers) + 1):
+        votes = []
+        for draw in itertools.permutations(answers, k):
+            counts = Counter({"18.0": "18"}.get(answer, answer) for answer in draw if answer)
+            votes.append(bool(counts) and counts.most_common(1)[0][0] == "18")
+        mean = sum(maj_at_k(list(order), "18", k) for order in orders) / len(orders)
+        assert mean == pytest.approx(sum(votes) / len(votes), abs=1e-9)
+
+
+def test_maj_at_k_uses_every_whole_batch():
+    answers = ["18", "18", "17", "17", "18", "17", "18"]
+    assert maj_at_k(answers, "18", 2) == pytest.approx(2 / 3) and maj_at_k(answers, "18", 3) == 0.5
+    assert maj_at_k(answers, "18", 7) == 1.0 and maj_at_k(answers, "18", 1) == pytest.approx(4 / 7)
+
+
+def evaluation_file(path, **measures):
+    path.write_text(json.dumps({"questions": [f"q{i}" for i in range(len(measures["greedy"]))], "measures": measures}))
+    return str(path)
+
+
+def test_two_evaluations_are_compared_question_by_question(tmp_path):
+    before = evaluation_file(tmp_path / "a.json", greedy=[0, 0, 0, 0, 0, 0, 1, 1, 1, 0], sampled=[0.5] * 10, old=[1] * 10)
+    after = evaluation_file(tmp_path / "b.json", greedy=[1, 1, 1, 1, 1, 1, 1, 1, 0, 0], sampled=[0.5] * 9 + [0.75])
+    first, second = evaluation.compare([before, after]).splitlines()
+    # 6 better, 1 worse of 7 that changed: P(X <= 1) = (1 + 7) / 128, on both sides 0.125.
+    assert "0.300 -> 0.800: +0.500" in first and "6 of 10 better, 1 worse: p = 0.12" in first
+    half = 1.96 * (sum((c - 0.5) ** 2 for c in [1] * 6 + [0, 0, -1, 0]) / 9 / 10) ** 0.5
+    assert f"{0.5 - half:+.3f} to {0.5 + half:+.3f}" in first
+    assert second.startswith("sampled") and "1 of 10 better, 0 worse: p = 1" in second
+    assert "p = 1" in evaluation.compare([before, before])
+
+
+def test_the_p_value_is_that_of_the_exact_test(tmp_path):
+    """By brute force: all outcomes of the coins of the questions that changed."""
+    for up, down in ((3, 0), (0, 4), (5, 2), (4, 4), (9, 1)):
+        before = evaluation_file(tmp_path / "a.json", greedy=[0] * up + [1] * down + [1, 0])
+        after = evaluation_file(tmp_path / "b.json", greedy=[1] * up + [0] * down + [1, 0])
+        outcomes = [abs(sum(coins) * 2 - up - down) for coins in itertools.product((0, 1), repeat=up + down)]
+        p = sum(outcome >= abs(up - down) for outcome in outcomes) / len(outcomes)
+        assert evaluation.compare([before, after]).endswith(f"p = {p:.2g}")
+
+
+def test_only_evaluations_of_the_same_problems_are_compared(tmp_path):
+    before, other = evaluation_file(tmp_path / "a.json", greedy=[0, 1]), evaluation_file(tmp_path / "b.json", greedy=[0, 1, 1])
+    (tmp_path / "c.json").write_text("{}")
+    (tmp_path / "d.json").write_text("[1]")
+    (tmp_path / "e.json").write_text("{")
+    with pytest.raises(InputError, match="they are about different problems"):
+        evaluation.compare([before, other])
+    for name in "cde":
+        with pytest.raises(InputError, match="--compare wants two JSON files that eval.py wrote"):
+            evaluation.compare([before, str(tmp_path / f"{name}.json")])
 
 
 def test_scores_add_up(llama, chat_folder):
@@ -275,14 +340,16 @@ def test_scores_add_up(llama, chat_folder):
 
     original, evaluation.sample_problems = evaluation.sample_problems, sample_problems
     try:
-        scores, records = evaluate(model, tokenizer, [Problem("1+1", "2"), Problem("2+2", "4")], 8, samples=4)
+        scores, records, measures = evaluate(model, tokenizer, [Problem("1+1", "2"), Problem("2+2", "4")], 8, samples=4)
     finally:
         evaluation.sample_problems = original
     expected = {"n": 2, "greedy": 0.5, "sampled": (2 / 4 + 1 / 4) / 2, "maj@4": (1 + 0) / 2, "pass@4": 1.0,
+                "maj@1": 3 / 8, "pass@1": 3 / 8, "pass@2": (1 - 1 / 6 + 1 / 2) / 2, "maj@2": 1 / 2,
                 "greedy_flexible": 1.0, "greedy_truncated": 0, "greedy_unparsable": 0.5,
                 "sampled_flexible": 4 / 8, "sampled_truncated": 1 / 8, "sampled_unparsable": 3 / 8}
     assert {key: scores[key] for key in expected} == pytest.approx(expected)
     assert [r["right"] for r in records["sampled"]] == [1, 1, 0, 0, 0, 0, 0, 1]
+    assert measures["greedy"] == [1, 0] and measures["sampled"] == [0.5, 0.25] and measures["maj@2"] == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("sample_tokens, batches", [(10 ** 6, [5]), (2 * 4 * 70, [2, 2, 1]), (1, [1] * 5)])
@@ -301,7 +368,7 @@ def test_as_many_groups_at_a_time_as_the_kv_cache_may_hold(sample_tokens, batche
     assert 4 * 2 * (ids.shape[1] + 8) <= 2 * 4 * 70 < 4 * 3 * (ids.shape[1] + 8)   # the second case holds two groups
     assert sizes == batches and samples.completion_ids.shape == (20, 8) and len(texts) == 20
     # whatever the batches: each completion belongs to its prompt
-    logp, _ = evaluation.token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, 1.0)
+    logp, _ = grpo.token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, 1.0)
     torch.testing.assert_close(logp, samples.logp, rtol=0, atol=1e-4)
 
 

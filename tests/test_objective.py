@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from grpo import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, masked_mean,
-                  outcome_advantages)
+from grpo import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, outcome_advantages,
+                  process_advantages)
 
 
 def t(values, **kwargs):
@@ -78,6 +78,87 @@ def test_integer_and_bf16_rewards_are_computed_in_float32():
 def test_a_group_of_one_and_unknown_scales_are_refused(rewards, scale):
     with pytest.raises(ValueError):
         outcome_advantages(t(rewards), scale)
+
+
+# --- 4.1.3: process advantages ----------------------------------------------------------------------
+
+def test_process_advantages_by_hand():
+    """Steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, variance 4 * 1/4 / 3, std 0.57735."""
+    rewards, ends = t([[1, 0, 1], [0, 9, 9]]), torch.tensor([[1, 3, 4], [2, -1, -1]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
+    up = 0.5 / (1 / math.sqrt(3) + 1e-4)
+    close(process_advantages(rewards, ends, mask, 2), [
+        [up, up, 0, 0, up, 0],           # +up -up +up, then -up +up, then +up: the token that ends a step belongs to it
+        [-up, -up, -up, 0, 0, 0]])
+    close(process_advantages(rewards, ends, mask, 2, scale="none"),
+          [[0.5, 0.5, 0, 0, 0.5, 0], [-0.5, -0.5, -0.5, 0, 0, 0]])
+
+
+def test_tokens_behind_the_last_step_get_nothing():
+    mask = torch.ones(2, 5).bool()
+    advantages = process_advantages(t([[1.0], [0.0]]), torch.tensor([[2], [0]]), mask, 2)
+    assert (advantages[0, :3] > 0).all() and advantages[0, 3:].tolist() == [0, 0]
+    assert advantages[1, 0] < 0 and advantages[1, 1:].tolist() == [0] * 4
+
+
+def test_one_step_at_the_last_token_is_outcome_supervision():
+    generator = torch.Generator().manual_seed(0)
+    rewards, lengths = torch.rand(6, 1, generator=generator, dtype=torch.float64), torch.tensor([3, 5, 1, 2, 4, 5])
+    mask = torch.arange(5) < lengths[:, None]
+    advantages = process_advantages(rewards, lengths[:, None] - 1, mask, 3)
+    close(advantages, outcome_advantages(rewards.view(2, 3)).view(6, 1) * mask)
+
+
+def test_process_advantages_by_the_definition():
+    """Against a loop over groups, completions, tokens and steps, on steps of any number in any group."""
+    generator = torch.Generator().manual_seed(1)
+    N, K, T, G = 12, 5, 9, 4
+    rewards = torch.randn(N, K, generator=generator, dtype=torch.float64)
+    ends = torch.randint(0, T, (N, K), generator=generator).sort(dim=1).values
+    ends[torch.rand(N, K, generator=generator) < 0.4] = -1
+    mask = torch.arange(T) <= ends.amax(dim=1, keepdim=True)
+    advantages = process_advantages(rewards, ends, mask, G)
+    for first in range(0, N, G):
+        steps = [(i, ends[i, j].item(), rewards[i, j].item()) for i in range(first, first + G) for j in range(K) if ends[i, j] >= 0]
+        mean = sum(r for *_, r in steps) / len(steps)
+        std = math.sqrt(sum((r - mean) ** 2 for *_, r in steps) / (len(steps) - 1)) + 1e-4
+        for i in range(first, first + G):
+            close(advantages[i], [sum((r - mean) / std for k, end, r in steps if k == i and end >= token) for token in range(T)])
+
+
+@pytest.mark.parametrize("rewards, ends", [
+    ([[1.0, 1.0], [1.0, 0.0]], [[0, 2], [1, -1]]), ([[0.1 + 0.2, 0.3], [0.3, 7.0]], [[0, 2], [1, -1]]),   # all alike
+    ([[1.0], [0.0]], [[-1], [-1]]), ([[1.0], [0.0]], [[0], [-1]]),                                        # no step, one step
+])
+def test_equal_or_missing_steps_give_exactly_zero(rewards, ends):
+    assert not process_advantages(t(rewards), torch.tensor(ends), torch.ones(2, 3).bool(), 2).any()
+
+
+# --- The unified view: gradient coefficients, table 10 ----------------------------------------------
+
+@pytest.mark.parametrize("method", ["SFT", "RFT", "Online RFT", "GRPO, outcome", "GRPO, process"])
+def test_every_method_has_the_gradient_of_its_coefficient(method):
+    """grad J = 1/G * sum_i 1/|o_i| * sum_t GC * grad log pi(o_t), through the logits of a small policy."""
+    generator = torch.Generator().manual_seed(2)
+    G, T, V, beta = 4, 5, 7, 0.0 if "RFT" in method or method == "SFT" else 0.3
+    logits = torch.randn(G, T, V, generator=generator, dtype=torch.float64, requires_grad=True)
+    tokens, mask = torch.randint(0, V, (G, T), generator=generator), torch.arange(T) < torch.tensor([[5], [2], [3], [1]])
+    logp = logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
+    logp_ref = logp.detach() + 0.3 * torch.randn(G, T, generator=generator, dtype=torch.float64)
+    right = t([1, 0, 1, 0])
+    ends = torch.tensor([[1, 4], [1, -1], [0, 2], [0, -1]])
+    advantages = {"SFT": torch.ones(G).double(), "RFT": right, "Online RFT": right,
+                  "GRPO, outcome": outcome_advantages(right.view(1, G)).view(G),
+                  "GRPO, process": process_advantages(t([[1, 0], [1, 9], [0, 1], [0, 9]]), ends, mask, G)}[method]
+    loss, _ = grpo_loss(logp, logp.detach(), logp_ref, advantages, mask, kl_beta=beta)
+    loss.backward()
+    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand(G, T)
+    coefficient = by_token + beta * (torch.exp(logp_ref - logp.detach()) - 1)
+    weight = coefficient * mask / mask.sum(1, keepdim=True) / G                                     # (G, T)
+    one_hot = torch.nn.functional.one_hot(tokens, V).double()
+    expected = -weight[..., None] * (one_hot - logits.detach().softmax(-1))                          # of -J
+    close(logits.grad, expected)
+    assert logits.grad.abs().max() > 0.01
 
 
 # --- eq. 4: the KL estimate -------------------------------------------------------------------------
@@ -152,7 +233,7 @@ def test_loss_by_hand():
     loss, diagnostics = grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0.1)
     close(loss, -(first + second) / 2)
     close(diagnostics["kl"], kl / 4)          # 4 tokens count
-    close(diagnostics["clip_share"], 2 / 4)   # the 1.5 of A > 0 and the 0.5 of A < 0
+    assert diagnostics["clip_share"] == 2 / 4   # the 1.5 of A > 0 and the 0.5 of A < 0
 
 
 def test_the_three_aggregates_by_hand():
@@ -276,6 +357,11 @@ def test_batch_tensors_are_not_written_to():
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies))
 
 
-def test_masked_mean_ignores_padding():
-    assert masked_mean(t([[1.0, 2.0, 99.0], [6.0, 99.0, float("nan")]]), torch.tensor([[1, 1, 0], [1, 0, 0]]).bool()) == 3
-    assert masked_mean(t([[1.0]]), torch.tensor([[False]])) == 0
+def test_diagnostics_are_means_over_the_tokens_that_count():
+    mask, far = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), math.log(2)
+    logp = t([[0.0, far, float("nan")], [far, 99.0, float("inf")]])
+    _, diagnostics = grpo_loss(logp, torch.zeros_like(logp), t([[0.0, 0.0, 9.0], [0.0, float("nan"), 0.0]]), t([1.0, -1.0]), mask)
+    close(diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
+    close(diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
+    _, diagnostics = grpo_loss(logp, logp, logp, t([1.0, 1.0]), torch.zeros(2, 3).bool())
+    assert diagnostics["clip_share"] == diagnostics["kl"] == 0

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,17 +108,16 @@ def test_learning_rate_rises_and_falls_linearly():
     assert [learning_rate(s, 3, 1.0, 0, 1.0) for s in range(3)] == [1.0, 1.0, 1.0]
 
 
-def test_one_small_step_moves_nearly_all_weights(chat_folder):
+def test_one_small_step_moves_nearly_all_weights(chat_folder, story_file):
     """In float32, a step of 1e-6 reaches the weights; in bf16 it would be rounded away."""
-    moved = {}
+    moved, config = {}, Config(group_size=4, max_new_tokens=60, kl_beta=0.0)
     for dtype in (torch.float32, torch.bfloat16):
-        model, _ = load_model(str(chat_folder), torch.device("cpu"))
+        model, batch = one_batch(config, chat_folder, story_file)
         model = model.to(dtype)
         before = [p.detach().clone() for p in model.parameters()]
         optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-        ids = torch.randint(0, 300, (4, 200))
-        model(ids, labels=ids).loss.backward()
-        train.optimizer_step(SimpleNamespace(rows=[]), optimizer, 1e-6, 1.0)
+        cuts = micro_batches(range(12), batch.prompt_mask, batch.mask, 10 ** 6)
+        update(model, batch, cuts, config, lr=1e-6, optimizer=optimizer)
         pairs = [(a, b) for a, b, p in zip(before, model.parameters(), model.parameters()) if a.dim() == 2 and a.shape[1] < 300]
         moved[dtype] = sum((a != b).sum().item() for a, b in pairs[1:]) / sum(a.numel() for a, _ in pairs[1:])
     assert moved[torch.float32] > 0.9 and moved[torch.bfloat16] < 0.5
@@ -128,8 +128,13 @@ def one_batch(config, chat_folder, story_file):
     torch.manual_seed(0)
     batch = train.sample_and_score(SimpleNamespace(sampler=policy, tokenizer=tokenizer),
                                    load_problems(str(story_file), "", "")[:3], config)
-    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5] * 3)   # a random model earns nothing, so give it some
-    return policy, batch._replace(advantages=advantages)
+    # A random model earns nothing, so give it some.
+    return policy, batch._replace(advantages=by_token(batch, [1.0, -1.0, 0.5, -0.5] * 3))
+
+
+def by_token(batch, advantages):
+    """(N,) -> (N, T)"""
+    return torch.tensor(advantages)[:, None].expand(batch.mask.shape)
 
 
 def update(policy, batch, cuts, config, lr=0.1, optimizer=None):
@@ -165,7 +170,7 @@ def test_leaving_out_what_has_no_gradient_changes_nothing(chat_folder, story_fil
     results = []
     for rows in (range(12), [4, 5, 6, 7, 8, 11]):
         policy, batch = one_batch(config, chat_folder, story_file)
-        batch = batch._replace(advantages=torch.tensor([0.0] * 4 + [1.0, -1.0, 0.5, -0.5] + [1.0, 0.0, 0.0, -1.0]))
+        batch = batch._replace(advantages=by_token(batch, [0.0] * 4 + [1.0, -1.0, 0.5, -0.5] + [1.0, 0.0, 0.0, -1.0]))
         cuts = micro_batches(rows, batch.prompt_mask, batch.mask, 200)
         metrics = update(policy, batch, cuts, config)
         results.append(({key: metrics[key] for key in ("loss", "clip_share", "grad_norm")},
@@ -198,7 +203,7 @@ def test_a_batch_without_any_gradient_still_makes_adams_step(chat_folder, story_
     for rows in (range(12), [0]):
         policy, batch = one_batch(config, chat_folder, story_file)
         optimizer = torch.optim.AdamW(policy.parameters(), eps=1.0)   # so large that rounding is not blown up
-        for chosen, advantages in ((range(12), batch.advantages), (rows, torch.zeros(12))):
+        for chosen, advantages in ((range(12), batch.advantages), (rows, by_token(batch, [0.0] * 12))):
             weights.append(torch.cat([p.detach().flatten() for p in policy.parameters()]))
             cuts = micro_batches(chosen, batch.prompt_mask, batch.mask, 10 ** 6)
             update(policy, batch._replace(advantages=advantages), cuts, config, optimizer=optimizer)
@@ -259,7 +264,7 @@ def test_a_run_leaves_complete_files(short_run):
             assert {"sampled", "greedy", "maj@2", "pass@2", "n", "greedy_interval"} <= set(scores) and scores["n"] == 4
     rows = rows_of(short_run)
     assert [row["step"] for row in rows] == list(range(7)) and [row["iteration"] for row in rows[1:]] == [0, 0, 0, 1, 1, 1]
-    assert all(set(train.COLUMNS) <= set(row) for row in rows[1:])
+    assert all(set(train.COLUMNS) - {"right", "agree"} <= set(row) for row in rows[1:])
     assert ["eval" in row for row in rows] == [True, False, True, False, True, False, True]
     assert rows[0]["eval"] == summary["before"] and rows[-1]["eval"] == summary["after"]
 
@@ -332,7 +337,7 @@ def test_a_reward_of_ones_own(tmp_path, monkeypatch):
     (tmp_path / "own.py").write_text(OWN_REWARD)
     batches, original = [], train.update
     monkeypatch.setattr(train, "update", lambda run, batch, *rest: batches.append(batch) or original(run, batch, *rest))
-    train.main([*SHORT, "--steps", "2", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:fives"])
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "2", "--out", str(tmp_path / "run"), "--reward", f"{tmp_path / 'own.py'}:fives"])
     assert (tmp_path / "own.py.runs").read_text() == "x"   # the file is run once, not at every step
     for batch, row in zip(batches, rows_of(tmp_path / "run")[1:], strict=True):
         expected = torch.tensor([text.count("5") ** 0.5 for text in batch.texts])
@@ -369,9 +374,9 @@ def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason
 
 
 @pytest.mark.parametrize("name", ["short", "crowded"])
-def test_a_reward_that_fails_for_no_single_completion_says_so(name, tmp_path):
+def test_a_reward_that_fails_for_no_single_completion_is_named_too(name, tmp_path):
     (tmp_path / "own.py").write_text(OWN_REWARD)
-    with pytest.raises(InputError, match="not one finite number for each completion.*; not of any one completion"):
+    with pytest.raises(InputError, match="not one finite number for each completion.*; question 'q'"):
         score_texts(load_reward(f"{tmp_path / 'own.py'}:{name}"), [Problem("q", "1")] * 3, ["a", "b", "c"])
 
 
@@ -404,7 +409,7 @@ def test_the_bf16_path(tmp_path, monkeypatch):
         seen.add(next(model.parameters()).dtype), original(model, *rest))[1])
     monkeypatch.setattr(train, "grpo_loss", lambda *tensors, original=train.grpo_loss: (
         seen.add((tensors[0].dtype, tensors[1].dtype, tensors[2].dtype)), original(*tensors))[1])
-    train.main([*SHORT, "--steps", "4", "--iterations", "2", "--lr-warmup", "0", "--eval-every", "0", "--out",
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "4", "--iterations", "2", "--lr-warmup", "0", "--eval-every", "0", "--out",
                 str(tmp_path / "run")])
     assert copied == [torch.float32, torch.bfloat16]
     assert seen == {torch.bfloat16, (torch.float32,) * 3}
@@ -488,15 +493,17 @@ def test_grpo_learns(learning_run):
 
 
 def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
-    """The control: the same start and settings, rewards shuffled within each group.
+    """The control: the same start and settings, rewards shuffled within each group, by the README's few lines.
 
     Its expected gain is 0, but a single run wanders by some 4 points, so two seeds are averaged.
     """
-    gains = []
+    gains, readme = [], (Path(train.__file__).parent / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```\n(import random\n.*?)```", readme, re.S)
+    (tmp_path / "control.py").write_text(code)
     for seed in (0, 1):
         settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / str(seed), "seed": seed, "steps": 40,
                     "eval_every": 0, "eval_limit": 60, "show_every": 0, "sft_steps": 0}
-        train.main(["--shuffle-rewards", *(str(x) for name, value in settings.items()
-                                           for x in ("--" + name.replace("_", "-"), value))])
+        train.main(["--reward", f"{tmp_path / 'control.py'}:shuffled", *(
+            str(x) for name, value in settings.items() for x in ("--" + name.replace("_", "-"), value))])
         gains.append(gain(tmp_path / str(seed)))
     assert sum(gains) / 2 < 0.05, gains
