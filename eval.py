@@ -3,7 +3,7 @@
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
 
-    python eval.py --compare before.json after.json
+    python eval.py --compare before.json after.json       two files that it wrote, question by question
 """
 
 import argparse, hashlib, itertools, json, math, random, re, socket, sys, time
@@ -247,11 +247,11 @@ def interval(scores):
     return max(0.0, (centre - z * math.sqrt(square)) / scale), min(1.0, (centre + z * math.sqrt(square)) / scale)
 
 def pass_at_k(right, k):
-    """The chance that k of n samples, c of them right, hold a right one: 1 - C(n - c, k) / C(n, k), without bias."""
+    """Unbiased estimate, from n samples of which c are right, that one of k is: 1 - C(n - c, k) / C(n, k)."""
     return 1 - math.comb(len(right) - int(sum(right)), k) / math.comb(len(right), k)
 
 def maj_at_k(answers, gold, k):
-    """How often the most frequent of k answers (of a tie, the first) is right: the mean over n // k batches of k."""
+    """How often the most frequent of k answers (None abstains; of a tie, the first) is right, over n // k batches."""
     wins = []
     for i in range(0, len(answers) - k + 1, k):
         votes = [answer for answer in answers[i:i + k] if answer is not None]
@@ -283,7 +283,7 @@ def compare(paths):
 
 def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
-    """Accuracy, greedy and of K = `samples` samples each, which are the same draws before and after training.
+    """Accuracy, greedy and of K = `samples` samples each, with the same random numbers before and after training.
     Returns scores: n; greedy, sampled (mean of K), maj@k and pass@k (k = 1, 2, 4 ... K), with their intervals; shares
     of flexible (last number right), truncated, unparsable. Records: a dict a completion. Measures: one a question.
     """
@@ -297,7 +297,7 @@ def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=
             right, numbers = accuracy_reward(text, gold), re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:])
             graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
                            "verdict": "right" if right else "unparsable" if answer is None else "wrong",
-                           "right": right, "truncated": drawn.truncated[i].item(),
+                           "right": right, "truncated": drawn.truncated[i].item(), "unparsable": answer is None,
                            "flexible": is_equivalent(numbers[-1].rstrip(","), gold) if numbers else False})
         groups = [graded[i:i + K] for i in range(0, len(graded), K)]
         measures[kind] = [fmean(row["right"] for row in g) for g in groups]
@@ -305,8 +305,8 @@ def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=
             for k in sorted({K, *(2 ** i for i in range(K.bit_length()))}):
                 measures[f"maj@{k}"] = [maj_at_k([row["answer"] for row in g], g[0]["gold"], k) for g in groups]
                 measures[f"pass@{k}"] = [pass_at_k([row["right"] for row in g], k) for g in groups]
-        for share in ("flexible", "truncated", "unparsable"):   # the last one is a verdict
-            scores[f"{kind}_{share}"] = fmean(row.get(share, row["verdict"] == share) for row in graded)
+        for share in ("flexible", "truncated", "unparsable"):
+            scores[f"{kind}_{share}"] = fmean(row[share] for row in graded)
     for name, values in measures.items():
         scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
     return scores, records, measures
@@ -347,10 +347,10 @@ def main(argv):
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
     add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: 512)")
     add("--request", help="what follows each question, as in training (default: as usual for the problems)")
-    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache (default: %(default)s)")
+    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache; fewer need less memory")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--compare", nargs=2, metavar="FILE", help="pair two of the JSON files that --out names, and do no more")
+    add("--compare", nargs=2, metavar="FILE", help="compare two files that eval.py wrote, then stop")
     add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
     args = parser.parse_args(argv)
     if args.compare:

@@ -10,7 +10,7 @@ token o_t after question q and the tokens before. EOS is the token that ends a c
     paper        here                       shape    meaning
     q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
     o_i          completion_ids, mask       (N, T)   N = B * G completions, padded on the right
-    r_i          rewards                    (B, G)   one number per completion
+    r_i          rewards                    (B, G)   one number per completion; per step (N, K), with their ends
     A_hat[i,t]   advantages                 (N, T)   how much better than its group; (N,) if alike for all t
     pi_theta     logp                       (N, T)   log-probs of the policy that is trained
     pi_old       logp_old                   (N, T)   ... of the policy as it was when it sampled them
@@ -311,11 +311,11 @@ def _normalised(rewards, real, scale):
     return (centred / (std + STD_EPSILON) if scale == "std" else centred).masked_fill(equal, 0.0)
 # --- 4. The objective -------------------------------------------------------------------------------
 # The unified view (eq. 5, table 10): each method has the gradient E[1/|o| * sum_t GC * grad log pi(o_t | q, o_<t)].
-# They differ in where the completions come from, and in GC, the gradient coefficient of a token:
-#   SFT          people                   1                                     warm_up of train.py
-#   RFT          the reference            1 if the answer is right, else 0      --advantage indicator --kl-beta 0
-#   Online RFT   the policy               1 if the answer is right, else 0      (for RFT: --sample-from reference)
-#   GRPO         the policy, in groups    A_hat + beta * (pi_ref/pi - 1)        (eq. 21, at pi_old = pi)
+# Here each is `grpo_loss`; they differ in who wrote the completions, and in GC, the gradient coefficient of a token:
+#   SFT          people, or a program    1                     warm_up of train.py (PAPER: all tokens weigh alike)
+#   RFT          the reference (SFT)     1 if right, else 0    as in the next line, and --sample-from reference
+#   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0: the bare rewards
+#   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
 
@@ -359,7 +359,7 @@ def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_high=0.2, kl_beta=0.04,
               aggregate="sequence", max_completion_tokens=None, denominator=None):
-    """The GRPO loss: eq. 3 (Algorithm 1 says 21, which is GC) with its sign turned, since optimizers minimise.
+    """The GRPO loss: eq. 3 with its sign turned, since optimizers minimise. (Algorithm 1 names eq. 21, its gradient.)
 
       J = 1/G * sum_i  1/|o_i| * sum_t { min(ratio * A, clip(ratio) * A) - beta * KL[i,t] }
 
@@ -371,7 +371,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, mask, clip_low=0.2, clip_hig
     TRAP: cut into micro-batches, each must be divided by the `denominator` of the whole batch, and the losses
     summed; a mean of means depends on the cut (test_micro_batches_change_nothing).
 
-    At pi_old = pi, as in the first update after sampling, every ratio is 1 and the advantages of a group sum to 0.
+    At pi_old = pi, as in the first update after sampling, every ratio is 1, and outcome advantages sum to 0 a group.
     So with "sequence" the loss prints as 0 (plus the KL term). That is no bug: the gradient, above, is not 0.
     """
     if kl_beta and logp_ref is None:

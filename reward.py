@@ -1,4 +1,4 @@
-r"""Rule-based math rewards: the text of a completion in, 1.0 or 0.0 out.
+r"""Rewards for math: rules (1 to 5), a text in and 1.0 or 0.0 out, and a model that learns to imitate them (6).
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be. Hence the answer must be
 marked, the whole marked text is the answer, and what is not understood must be the same text. An answer is
@@ -108,7 +108,7 @@ def clean(text):
 # Units: their short names, where they stand, and the words that are none, since they change the number in front.
 _SHORT = dict(m="meter", cm="centimeter", mm="millimeter", km="kilometer", g="gram", mg="milligram", kg="kilogram",
               ml="milliliter", ft="foot", feet="foot", lb="pound", oz="ounce", s="second", min="minute", h="hour",
-              hr="hour", mph="hourmile", per="", square="2", sq="2", cubic="3") | {"in": "inch"}
+              hr="hour", mph="milehour", per="", square="2", sq="2", cubic="3") | {"in": "inch"}
 _UNIT = re.compile(rf"""(?<=[\d}})\]%!i])                     # behind a number, a bracket or \pi
     (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )          # \text{{...}}
     | (?: [ ~/] [A-Za-z]{{3,}} | [ ~]? (?i: {'|'.join(unit for unit in _SHORT if len(unit) > 1)} ) s? )
@@ -120,12 +120,13 @@ _NO_UNIT = re.compile(r"\b(?:" + "|".join(r"""or and not? nor of but plus minus 
     "|[百万亿十半]|千(?![克米瓦])")
 
 def _split_unit(text):
-    """("18", "2inch") of "18 square inches" and "18 in^2";  ("18 x", "") of "18 x", for a letter is a factor."""
+    """("18", "inch2") of "18 square inches" and "18 in^2";  ("18 x", "") of "18 x", for a letter is a factor."""
     match = _UNIT.search(text)
     if not match or _NO_UNIT.search(match[0].casefold()):
         return text, ""
     words = re.findall("[a-z]+|[23]|[一-鿿]+", re.sub(r"(?<=ch)es\b|(?<=[a-z]{2})s\b", "", match[0].casefold()))
-    return text[:match.start()], "".join(sorted(_SHORT.get(word, word) for word in words))
+    words = sorted((_SHORT.get(word, word) for word in words), key="23".__contains__)   # the order of others counts
+    return text[:match.start()], "".join(words)
 
 def _split_name(text):
     """("x", "5") of "x=5", ("x", "5,6") of "x=5, x=6"; ("", "2x = 5") of "2x = 5", which is an equation."""
@@ -310,7 +311,7 @@ def accuracy_rewards(prompts, completions, answer, **kwargs):
 
 @functools.cache   # a user's file is run once
 def load_reward(name):
-    """The function FILE.py:FUNCTION, or accuracy_rewards for "". Raises InputError."""
+    """FILE.py:FUNCTION; accuracy_rewards for "", and for "model", which imitates it. Raises InputError."""
     path, _, function = name.rpartition(":")
     try:
         return accuracy_rewards if name in ("", "model") else runpy.run_path(path)[function]
@@ -328,14 +329,14 @@ def score_texts(reward, problems, texts):
     except Exception as error:   # a user's function may fail in any way
         for problem, text in zip(problems, texts) if len(texts) > 1 else ():   # one by one, to find the one to blame
             score_texts(reward, [problem], [text])
-        raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r}")
+        raise InputError(f"--reward: {error!r}; question {questions[0]!r}, completion {texts[0]!r} of {len(texts)}")
 
 def step_rewards(completion):
     r"""1.0 or 0.0 for each step of a solution that can be checked: a list of (end, reward), end in characters.
 
     A step is a line or a sentence in which a calculation has a result. It earns 1.0 if all of its equations
     hold, up to rounding to the decimals shown. In an experiment such a rule saw a slip in 4.6% of wrong solutions
-    of GSM8K, with 94% precision. So use it to punish: a bonus per right step is farmed with 1+1=2.
+    of GSM8K, with 94% precision. A bonus per right step, as process supervision pays it, can be farmed with 1+1=2.
     >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
     [(17, 1.0), (35, 1.0), (47, 0.0)]
     """
@@ -344,7 +345,7 @@ def step_rewards(completion):
         text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)                                   # 3 x 4
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)   # 3 cups + 2 cups = 5 cups
-        # Not checked: 25% of 80 + ..., 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + ... The % drops them.
+        # Not checked: 25% of 80, 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + 6). They become %, a cut below.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):   # cut at words and odd signs
@@ -356,26 +357,27 @@ def step_rewards(completion):
     return rewards
 
 def _holds(left, right):
-    """Whether left = right, up to rounding to the decimals that the right side shows: 10/3 = 3.33."""
+    """Whether left = right; where left has * or /, up to rounding to the decimals that right shows: 10/3 = 3.33."""
     error = parse(left)[0] - parse(right)[0]
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
     half = Fraction(1, 2 * 10 ** len(number[1] or "")) if number and re.search("[*/]", left) else 0
     return error == 0 or -half <= error < half
 # --- 6. The learned reward model of Algorithm 1 ---------------------------------------------------------
-# Where no rule can judge, a model learns to imitate a judge. It learns from examples (ids, ends, labels): the tokens
-# of prompt and completion, which of them end a step or the whole, and whether it is right, 1.0 or 0.0, at each end.
+# It learns to imitate a judge, here the rule above, and then rewards. Its examples are (ids, ends, labels): the
+# tokens of prompt and completion, which of them end a step or the whole, and the judge's 1.0 or 0.0 for each of them.
+# PAPER: theirs starts from the base model and learns from data labelled beforehand; ours starts from the SFT model.
 class RewardModel(torch.nn.Module):
     """The policy's architecture and weights, with a scalar head in place of the vocabulary's: logits of "right"."""
     def __init__(self, policy):
         super().__init__()
         self.body = copy.deepcopy(policy.base_model)
-        self.head = torch.nn.Linear(policy.config.get_text_config().hidden_size, 1, device=policy.device)
+        self.head = torch.nn.Linear(policy.get_output_embeddings().weight.shape[1], 1, device=policy.device)
 
     def forward(self, examples):
-        """n examples -> the logits at all their ends, one example after the other: (number of ends,)."""
-        ids = pad_sequence([torch.tensor(ids) for ids, _, _ in examples], batch_first=True)   # (n, S), padded on the
-        states = self.body(input_ids=ids.to(self.head.weight.device), use_cache=False)[0]     # right, where causal
-        at_ends = [states[row, ends] for row, (_, ends, _) in enumerate(examples)]            # attention never looks
+        """n examples, padded on the right, where attention never looks -> logits at all their ends, in a row."""
+        ids = pad_sequence([torch.tensor(ids) for ids, _, _ in examples], batch_first=True)   # (n, S)
+        states = self.body(input_ids=ids.to(self.head.weight.device), use_cache=False)[0]     # (n, S, D)
+        at_ends = [states[row, ends] for row, (_, ends, _) in enumerate(examples)]            # n times (ends, D)
         return self.head(torch.cat(at_ends)).squeeze(1)
 
 @torch.no_grad()

@@ -7,14 +7,12 @@
 All take the same way through this file. A run is a folder that transformers can load.
 """
 
-import bisect, collections, contextlib, copy, dataclasses, itertools, json
-import os, random, shutil, signal, sys, time, zlib
+import collections, contextlib, copy, dataclasses, itertools, json, os, random, shutil, signal, sys, time, zlib
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy, safetensors.torch, torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, load_model, load_problems,
@@ -31,7 +29,7 @@ def opt(default, help, least=None, above=None, choices="", group=None):
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
     problems: str = opt("gsm8k", "arithmetic, gsm8k, math, or a JSON-lines file")
-    reward: str = opt("", "FILE.py:FUNCTION, like accuracy_rewards of reward.py; none: that; model: learned from it")
+    reward: str = opt("", "FILE.py:FUNCTION; none: accuracy_rewards of reward.py; model: a network that imitates it")
     request: str = opt(None, "what follows each question; none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to go on with; only sample-tokens, micro-tokens, activation-checkpointing may change")
@@ -43,25 +41,25 @@ class Config:
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
     sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
     temperature: float = opt(1.0, "of sampling and log-probs; at 0 all samples would be the same", above=0)
-    iterations: int = opt(1, "how often the reference is renewed, I", least=1, group="algorithm")
+    iterations: int = opt(1, "how often reference and --reward model are renewed, I", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
     mu: int = opt(1, "updates on the same samples (paper: 1)", least=1)
-    kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 loads no reference", least=0)
+    kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference", least=0)
     clip_low: float = opt(0.2, "the ratio is clipped below 1 - this", least=0)
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", least=0)
     scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices="std none")
     aggregate: str = opt("sequence", "of means; token: DAPO, constant: Dr. GRPO", choices="sequence token constant")
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
     supervision: str = opt("outcome", "process: steps have rewards of their own, too", choices="outcome process")
-    advantage: str = opt("group", "indicator: the bare reward, as in Online RFT", choices="group indicator")
+    advantage: str = opt("group", "indicator: the bare reward, for Online RFT", choices="group indicator")
     sample_from: str = opt("policy", "reference: it writes the completions, as in RFT", choices="policy reference")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)", above=0)
-    reward_size: int = opt(2048, "completions that it is fitted to, at first and after each iteration", least=1)
+    reward_size: int = opt(2048, "completions that it is fitted to, before each iteration", least=1)
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)", above=0, group="optimizer")
     lr_warmup: int = opt(5, "steps in which the learning rate rises", least=0)
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm", above=0)
-    micro_tokens: int = opt(16384, "tokens, prompts and padding too, per forward pass but for sampling", least=1)
+    micro_tokens: int = opt(16384, "tokens, with padding, per pass of policy and reference", least=1)
     activation_checkpointing: bool = opt(False, "less memory, slower update")
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
@@ -101,6 +99,8 @@ def parse_config(argv):
     elif not given.get("model") and given.get("problems", "arithmetic") != "arithmetic":
         raise InputError(f"the built-in model knows only arithmetic: --problems {given['problems']} needs a --model")
     config = Config(**{**defaults, **given})
+    if (config.supervision, config.advantage) == ("process", "indicator"):
+        raise InputError("--advantage indicator knows no steps: leave it out, or --supervision process")
     for field in dataclasses.fields(Config):
         flag, value, meta = "--" + field.name.replace("_", "-"), getattr(config, field.name), field.metadata
         bound, low = ("at least", meta["least"]) if meta["above"] is None else ("above", meta["above"])
@@ -154,44 +154,44 @@ def learning_rate(step, steps, peak, warmup, end):
     return peak * min(down, (step + 1) / max(1, warmup))
 
 def demand_finite(run, values, rows):
-    """Unless the values, (n, t), of these rows of run.rows are finite, save what is not: FloatingPointError."""
+    """Raises FloatingPointError, and saves the texts, if values, (n, t), of these rows of run.rows are not finite."""
     bad = [run.rows[row] for row, finite in zip(rows, values.isfinite().all(dim=-1).tolist()) if not finite]
     if bad:
         (run.out / "not-finite.json").write_text(json.dumps({"phase": run.phase, "completions": bad}, indent=1))
         raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
-                                 f"{run.out / 'not-finite.json'}; a new run with a lower --lr may do better")
+                                 f"{run.out / 'not-finite.json'}; a lower --lr or --reward-lr may do better")
 
 # N = B * G completions, question-major. prompt_ids, prompt_mask: (B, P); completion_ids, mask, logp_sampler: (N, T),
 # truncated: (N,): the fields of Samples; rewards: (B, G), of the final answers; advantages: (N, T); texts: N strings;
-# examples: N, labelled by the rule, for the reward model; t_reward: seconds that the rewards took
+# examples: N, labelled by the rule, for the reward model; t_reward: seconds; the first four go to score_rows
 Batch = collections.namedtuple("Batch", "prompt_ids prompt_mask completion_ids mask logp_sampler truncated rewards "
                                         "advantages texts examples t_reward")
 
 def step_ends(tokenizer, ids, text, ends):
-    """For each end, in characters, the place in ids of the token with which text[:end] is there: a character may take
-    several tokens, and a token may hold the end of one step and the start of the next."""
-    return [bisect.bisect_left(range(len(ids)), True, key=lambda place: tokenizer.decode(
-        ids[:place + 1], skip_special_tokens=True)[:end] == text[:end]) for end in ends]
+    """For each end, in characters, the first place in ids up to which the decoded tokens hold text[:end]: a character
+    may take several tokens, and a token may hold the end of one step and the start of the next."""
+    parts = [tokenizer.decode(ids[:n + 1], skip_special_tokens=True) for n in range(len(ids) if ends else 0)]
+    return [next(n for n, part in enumerate(parts) if part[:end] == text[:end]) for end in ends]
 
 def sample_and_score(run, problems, config):
     """G completions for each of B problems, their rewards and their advantages. Returns a `Batch`."""
-    G, sampler = config.group_size, run.reference if config.sample_from == "reference" else run.sampler
+    G, sampler = config.group_size, (run.reference if config.sample_from == "reference" else run.sampler)
     prompt_ids, prompt_mask, samples, texts = sample_problems(
         sampler, run.tokenizer, problems, G, config.max_new_tokens, config.temperature, config.sample_tokens)
     start = time.perf_counter()   # the texts are there, so a GPU has finished
     rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
-    right, examples, ends = score_texts(load_reward(config.reward), rows, texts), [], []
+    outcomes, examples, ends = score_texts(load_reward(config.reward), rows, texts), [], []
     for i, text in enumerate(texts):
         prompt = prompt_ids[i // G][prompt_mask[i // G].bool()].tolist()
         ids = samples.completion_ids[i][samples.mask[i]].tolist()
         steps = step_rewards(text) if config.supervision == "process" else []
-        # PAPER: the final answer is the last step, and ends with the completion.
+        # PAPER: has a model judge the steps; here a rule does, or labels. The final answer is the last step.
         ends.append([*step_ends(run.tokenizer, ids, text, [end for end, _ in steps]), len(ids) - 1])
-        examples.append((prompt + ids, [len(prompt) + end for end in ends[i]], [r for _, r in steps] + [right[i]]))
+        examples.append((prompt + ids, [len(prompt) + end for end in ends[i]], [r for _, r in steps] + [outcomes[i]]))
     rewards = score(run.reward_model, examples) if config.reward == "model" else [labels for _, _, labels in examples]
     outcome = torch.tensor([row[-1] for row in rewards]).view(-1, G)                                  # (B, G)
     if config.supervision == "process":
-        rewards, ends = (pad_sequence([*map(torch.tensor, rows)], True, -1) for rows in (rewards, ends))   # (N, K)
+        rewards, ends = (torch.nn.utils.rnn.pad_sequence([*map(torch.tensor, x)], True, -1) for x in (rewards, ends))
         advantages = process_advantages(rewards, ends, samples.mask.cpu(), G, config.scale_rewards)
     else:
         advantages = outcome if config.advantage == "indicator" else outcome_advantages(outcome, config.scale_rewards)
@@ -200,17 +200,17 @@ def sample_and_score(run, problems, config):
                  time.perf_counter() - start)
 
 def renew_reward_model(run, problems, config):
-    """The end of an iteration of Algorithm 1: fit it to new completions, a tenth of them old ones ("replay")."""
+    """Fit the reward model to what the last iteration sampled, and a ninth as many old examples (10% "replay")."""
     run.phase = "fit of the reward model"
-    if not run.replay:   # at first: completions of the SFT model, with which the reward model starts, too
+    if not run.replay:   # the first time, before step 1: it starts as the SFT model, and with completions of that
         run.reward_model.load_state_dict(RewardModel(run.policy).state_dict())
-        rule, count = dataclasses.replace(config, reward=""), min(len(problems), config.questions)
+        rule, n = dataclasses.replace(config, reward="", sample_from="policy"), min(len(problems), config.questions)
         while len(run.fresh) < config.reward_size:
-            run.fresh += sample_and_score(run, random.sample(problems, count), rule).examples
+            run.fresh += sample_and_score(run, random.sample(problems, n), rule).examples
     new = run.fresh[-config.reward_size:]
     old = random.sample(run.replay, min(len(run.replay), len(new) // 9))
     print(f"the reward model is fitted to {len(new)} new and {len(old)} old completions", flush=True)
-    fit(run.reward_model, new + old, config.reward_lr)
+    fit(run.reward_model, new + old, config.reward_lr, size=max(1, min(8, config.micro_tokens // 2048)))
     run.replay, run.fresh = run.replay + new, []
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
@@ -229,7 +229,7 @@ def update(run, batch, cuts, logp_ref, config, lr, autocast):
             with autocast():
                 logp, entropy, mask = score_rows(run.policy, rows, *batch[:4], config.temperature)   # (n, t)
             demand_finite(run, logp, rows)
-            if pass_number == 0 or config.sample_from == "reference":   # RFT: the ratio is always 1
+            if pass_number == 0 or config.sample_from == "reference":   # RFT: no ratio; the gap means nothing there
                 # PAPER: pi_old is what the trainer computes for the sampled tokens while the weights are those that
                 # sampled them, not what the sampler said. The two differ by rounding, in bf16 visibly: the gap.
                 logp_old[i] = logp.detach()
@@ -265,8 +265,8 @@ def warm_up(run, problems, config, autocast):
         prompts = pad(tokenizer, [build_prompt(tokenizer, p) for p in rows], "left", device)
         solutions = tokenizer([p.solution for p in rows], add_special_tokens=False).input_ids
         completion_ids, mask = pad(tokenizer, [ids + [tokenizer.eos_token_id] for ids in solutions], "right", device)
-        zeros = torch.zeros(mask.shape, device=device)   # as the sampler's log-probs: so the gap is the cross-entropy
-        batch = Batch(*prompts, completion_ids, mask.bool(), zeros, zeros[:, 0], None, zeros + 1, None, None, 0.0)
+        zeros = torch.zeros(mask.shape, device=device)   # as log-probs of the sampler make the gap the cross-entropy
+        batch = Batch(*prompts, completion_ids, mask.bool(), zeros, None, None, zeros + 1, None, None, 0.0)
         cuts = micro_batches(range(len(mask)), batch.prompt_mask, mask, config.micro_tokens)
         lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
         loss = update(run, batch, cuts, [None] * len(cuts), config, lr, autocast)["gap"]
@@ -343,17 +343,17 @@ def load_checkpoint(run):
         os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:run.step + 1])))
 # --- 7. Algorithm 1, and the run --------------------------------------------------------------------
 def train(run, problems, held_out, config, autocast):
-    """The loops over iterations and steps, as one, which a resumed run enters at its step. Writes metrics.jsonl."""
+    """Iterations, and steps in them, as one loop, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
     def restart(part):
         """Start all random numbers anew: each part of a run is the same, whether or not it was resumed before it."""
         for seed in (random.seed, numpy.random.seed, torch.manual_seed):
             seed(zlib.crc32(f"{config.seed} {part}".encode()))
     def finish_step(row):
-        """Renew the sampler, which is the next step's pi_old; evaluate and save if it is time to; write the log."""
+        """Renew the sampler, the next pi_old, and between iterations the reward model; evaluate, log, save."""
         done = row["step"]
         sampler.load_state_dict(run.policy.state_dict())
-        if config.reward == "model" and done < total and done % config.steps == 0:   # an iteration has ended
+        if config.reward == "model" and done < total and done % config.steps == 0:   # before each iteration
             restart(f"fit {done}")
             renew_reward_model(run, problems, config)
         if done in (0, total) or config.eval_every and done % config.eval_every == 0:
@@ -374,7 +374,7 @@ def train(run, problems, held_out, config, autocast):
 
     if run.step < 0:
         finish_step({"step": 0})
-    if (config.mu, config.supervision, config.advantage) == (1, "outcome", "group"):
+    if all(vars(config)[x] == vars(Config)[x] for x in "mu supervision advantage aggregate mask_truncated".split()):
         print("the loss stays near 0 because the advantages of a group add up to 0; its gradient is not 0")
     # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
@@ -390,9 +390,9 @@ def train(run, problems, held_out, config, autocast):
         run.phase = f"sampling of step {step + 1}"
         batch = sample_and_score(run, questions, config)
         run.rows = [(questions[i // config.group_size].question, text) for i, text in enumerate(batch.texts)]
-        demand_finite(run, batch.logp_sampler, range(len(run.rows)))
+        demand_finite(run, batch.logp_sampler + batch.advantages, range(len(run.rows)))
         sampled = time.perf_counter()
-        # what pi_ref says of them. Without a KL term those of advantage 0 have no gradient, and all but one stay away
+        # what pi_ref says of them; without a KL term rows of advantage 0 have no gradient and stay away (one if all)
         run.phase = f"reference pass of step {step + 1}"
         rows = [i for i, a in enumerate(batch.advantages.any(dim=1).tolist()) if a or config.kl_beta] or [0]
         cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
@@ -420,7 +420,7 @@ def train(run, problems, held_out, config, autocast):
             right = torch.tensor([labels[-1] for _, _, labels in batch.examples]).view_as(batch.rewards)
             agree = (right > 0.5) == (batch.rewards > 0.5)
             metrics |= {"right": right.mean().item(), "agree": agree.float().mean().item()}
-            run.fresh = run.fresh[-config.reward_size:] + batch.examples
+            run.fresh = (run.fresh + batch.examples)[-config.reward_size:]
         print_metrics(metrics, heading=step % 20 == 0 or step == steps[0])
         if config.show_every and (step + 1) % config.show_every == 0:
             print(f"--- {questions[0].question}   (gold: {questions[0].answer})\n{batch.texts[0]}\n"

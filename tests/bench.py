@@ -3,6 +3,7 @@
     pip install trl==1.16.0 && python tests/bench.py     the cases below; without trl only this project
     python tests/bench.py --growth                       how a step's time grows with G and with the length
     python tests/bench.py --device cuda                  on a GPU, with the shape of Qwen2.5-0.5B
+    python tests/bench.py --memory                       what GRPO keeps, against PPO with a value model
 
 Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate,
 beta = 0.04 and tokens in a micro-batch, one optimizer step for each sampling. Each is a process of its own;
@@ -245,12 +246,48 @@ def limits(case, device):
     return dict(sample=sample, ref=forward, update=3 * forward)
 
 
+def kept_bytes(trained, frozen):
+    """Bytes of weights, gradients and AdamW's state behind one step, of models that are trained and that are not."""
+    import torch
+    total = sum(p.nbytes for model in frozen for p in model.parameters())
+    for model in trained:
+        optimizer = torch.optim.AdamW(model.parameters())
+        sum(p.square().sum() for p in model.parameters()).backward()
+        optimizer.step()
+        tensors = [x for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())]
+        total += sum(x.nbytes for x in tensors if x.dim())   # without the step counters
+    return total
+
+
+def show_memory():
+    """GRPO trains the policy alone; PPO also a value model of its size: the same body with a scalar head."""
+    import copy
+    import torch
+    import train
+    from grpo import bf16_weights
+    from reward import RewardModel
+    for bf16 in (False, True):   # as on a CPU; as on a GPU, with a bf16 copy that samples and a bf16 reference
+        policy, _ = train.make_tiny_model(0, torch.device("cpu"))
+        copies = [bf16_weights(copy.deepcopy(policy)) for _ in range(2)] if bf16 else [copy.deepcopy(policy)]
+        grpo = kept_bytes([policy], copies)
+        ppo = kept_bytes([policy, RewardModel(policy)], copies)
+        print(f"built-in model, {'bf16 copies' if bf16 else 'float32'}, allocated: GRPO {grpo / 1e6:.2f} MB, PPO {ppo / 1e6:.2f} MB, "
+              f"{grpo / ppo:.2f} of it")
+    # float32: weights, gradients, two moments; bf16: the copy that samples, the reference
+    for name, parameters in (("0.5B", 494_032_768), ("1.5B", 1_543_714_304)):
+        grpo, ppo = 20 * parameters, 36 * parameters
+        print(f"Qwen2.5-{name}, bf16 copies, computed: GRPO {grpo / 1e9:.1f} GB, PPO {ppo / 1e9:.1f} GB, {grpo / ppo:.2f} of it")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each case (default: 7)")
     parser.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
+    parser.add_argument("--memory", action="store_true", help="bytes kept by GRPO and by PPO, no time measured")
     args = parser.parse_args()
+    if args.memory:
+        return show_memory()
     found = {}
     for package in ("torch", "transformers", "trl"):
         try:

@@ -5,6 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import train
 from eval import Problem, load_model
@@ -40,6 +42,18 @@ def test_a_step_ends_in_the_token_that_holds_its_last_character(text, byte_token
         (place,) = step_ends(byte_tokenizer, ids, text, [end])
         assert place == next(n for n, length in enumerate(lengths) if length >= end)
     assert len(ids) != len(text) or text == "1+1=2"   # not one token a character
+
+
+def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
+    """Llama 2's kind of tokenizer shows a run of bytes as nothing but U+FFFD until the last character of it is whole."""
+    text = "2+2=4。很漂亮的孩子们学会了加法"
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"0123456789+=\n"]
+    tokenizer = Tokenizer(models.BPE({word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text and "4" not in tokenizer.decode(ids[5:-1])
+    assert step_ends(tokenizer, ids, text, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
 
 
 def test_special_tokens_within_a_completion_do_not_shift_the_ends(byte_tokenizer):
@@ -142,6 +156,13 @@ def test_the_reward_model_starts_as_the_policy_and_leaves_it_alone(llama):
     assert not torch.equal(next(model.body.parameters()), before[0])
 
 
+def test_the_head_is_as_wide_as_the_states():
+    """In OPT-350m they are narrower than config.hidden_size."""
+    policy = OPTForCausalLM(OPTConfig(vocab_size=50, hidden_size=32, word_embed_proj_dim=16, ffn_dim=32, num_hidden_layers=1,
+                                      num_attention_heads=2, max_position_embeddings=64)).eval()
+    assert len(score(RewardModel(policy), [([5, 6, 7], [0, 2], [])])[0]) == 2
+
+
 def test_fit_learns_to_judge(llama):
     """Right is what holds token 7 up to there: something that generalises to sequences it has not seen."""
     generator = torch.Generator().manual_seed(0)
@@ -175,19 +196,20 @@ def model_run(tmp_path_factory):
     """Two iterations, with what `fit` and `score` were given, and the state of the reward model around them."""
     out, calls = tmp_path_factory.mktemp("model") / "run", []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda model, examples, lr, original=train.fit: (
-            calls.append(("fit", list(examples), lr, next(model.body.parameters()).detach().clone())), original(model, examples, lr))[1])
+        patch.setattr(train, "fit", lambda model, examples, lr, size, original=train.fit: (
+            calls.append(("fit", list(examples), (lr, size), next(model.body.parameters()).detach().clone())),
+            original(model, examples, lr, size=size))[1])
         patch.setattr(train, "score", lambda model, examples, original=train.score: (
             calls.append(("score", list(examples))), original(model, examples))[1])
         train.main([*TINY, "--sft-steps", "60", "--steps", "4", "--iterations", "3", "--reward", "model", "--supervision", "process",
-                    "--reward-size", "60", "--group-size", "4", "--out", str(out)])
+                    "--reward-size", "60", "--group-size", "4", "--micro-tokens", "4096", "--out", str(out)])
     return out, calls
 
 
 def test_the_reward_model_is_fitted_before_and_after_each_iteration_but_the_last(model_run):
     _, calls = model_run
     assert [kind for kind, *_ in calls] == ["fit"] + ["score"] * 4 + ["fit"] + ["score"] * 4 + ["fit"] + ["score"] * 4
-    assert all(lr == 1e-3 for kind, *rest in calls if kind == "fit" for lr in rest[1:2])
+    assert {rest[1] for kind, *rest in calls if kind == "fit"} == {(1e-3, 2)}   # --micro-tokens 4096 is 2 x 2048
 
 
 def test_one_in_ten_of_the_examples_of_a_retraining_is_old(model_run):
@@ -219,9 +241,26 @@ def test_the_log_says_how_often_model_and_rule_agree(model_run):
         assert 0 <= row["agree"] <= 1 and abs(row["agree"] * 12 % 1) < 1e-4 and 0 < row["reward"] < 1
 
 
+def test_the_first_fit_is_to_samples_of_the_sft_model_even_if_the_reference_writes_the_others(tmp_path, monkeypatch):
+    """At that moment the reference is still the model before the warm-up."""
+    samplers, original = [], train.sample_problems
+    monkeypatch.setattr(train, "sample_problems", lambda model, *rest: (
+        samplers.append(next(model.parameters()).detach().clone()), original(model, *rest))[1])
+    train.main([*TINY, "--sft-steps", "2", "--steps", "1", "--reward", "model", "--reward-size", "20", "--sample-from", "reference",
+                "--lr-warmup", "0", "--out", str(tmp_path / "run")])
+    policy, _ = load_model(str(tmp_path / "run" / "sft"), CPU)
+    assert len(samplers) == 2 and all(torch.equal(weights, next(policy.parameters())) for weights in samplers)
+
+
+def test_a_reward_model_that_has_diverged_is_found_before_the_update(tmp_path):
+    with pytest.raises(FloatingPointError, match="inf or nan in the sampling of step 1.*lower --lr or --reward-lr"):
+        train.main([*TINY, "--sft-steps", "2", "--steps", "2", "--reward", "model", "--reward-size", "40", "--reward-lr", "1e18",
+                    "--out", str(tmp_path / "run")])
+
+
 def test_agreement_is_that_of_the_verdicts_on_final_answers(tmp_path, monkeypatch, capsys):
     """Scores of our own: right for every second completion; the rule says so of the first half."""
-    monkeypatch.setattr(train, "fit", lambda *_: None)
+    monkeypatch.setattr(train, "fit", lambda *_, **__: None)
     monkeypatch.setattr(train, "score", lambda model, examples: [[0.3] * (len(ends) - 1) + [0.9, 0.2][i % 2:][:1] for i, (_, ends, _) in enumerate(examples)])
     monkeypatch.setattr(train, "score_texts", lambda reward, problems, texts: [float(i < len(texts) // 4) for i in range(len(texts))])
     train.main([*TINY, "--sft-steps", "0", "--steps", "1", "--reward", "model", "--group-size", "4", "--reward-size", "12", "--out", str(tmp_path / "run")])
