@@ -238,7 +238,7 @@ def test_the_log_says_how_often_model_and_rule_agree(model_run):
     assert len(rows) == len(scored) == 12
     for row, examples in zip(rows, scored):
         assert row["right"] == pytest.approx(sum(labels[-1] for *_, labels in examples) / 12)
-        assert 0 <= row["agree"] <= 1 and abs(row["agree"] * 12 % 1) < 1e-4 and 0 < row["reward"] < 1
+        assert 0 <= row["agree"] <= 1 and abs(row["agree"] * 12 - round(row["agree"] * 12)) < 1e-3 and 0 < row["reward"] < 1
 
 
 def test_the_first_fit_is_to_samples_of_the_sft_model_even_if_the_reference_writes_the_others(tmp_path, monkeypatch):
