@@ -252,17 +252,15 @@ def pass_at_k(right, k):
 
 def maj_at_k(answers, gold, k):
     """How often the most frequent of k answers (None abstains; of a tie, the first) is right, over n // k batches."""
-    wins = []
-    for i in range(0, len(answers) - k + 1, k):
-        votes = [answer for answer in answers[i:i + k] if answer is not None]
-        most = max(votes, key=lambda answer: sum(is_equivalent(answer, vote) for vote in votes), default="")
-        wins.append(is_equivalent(most, gold))
-    return fmean(wins)
+    batches = [[vote for vote in answers[i:i + k] if vote] for i in range(0, len(answers) - k + 1, k)]
+    winners = [max(votes, key=lambda one: sum(is_equivalent(one, other) for other in votes), default="")
+               for votes in batches]
+    return fmean(is_equivalent(winner, gold) for winner in winners)
 
 def compare(paths):
     """Two files that this script wrote about the same problems: a line of text for each measure. Or InputError.
-    If only chance is at work, a question that changed got better or worse with equal odds. p is the chance of a split
-    at least as uneven: McNemar's exact test, and for the mean of K samples the sign test.
+    p is McNemar's exact test, where a question is right or wrong: if only chance is at work, one that changed got
+    better or worse with equal odds, and p is the chance of a split at least as uneven.
     """
     try:
         files = [json.loads(Path(path).read_text()) for path in paths]
@@ -278,7 +276,9 @@ def compare(paths):
         half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, n - 1))
         p = min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
         lines.append(f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}, 95% interval "
-                     f"{mean - half:+.3f} to {mean + half:+.3f}; {up} of {n} better, {down} worse: p = {p:.2g}")
+                     f"{mean - half:+.3f} to {mean + half:+.3f}")
+        if {*before[name], *after[name]} <= {0, 1}:
+            lines[-1] += f"; {up} of {n} questions better, {down} worse: p = {p:.2g}"
     return "\n".join(lines)
 
 def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
