@@ -185,7 +185,7 @@ def sample_and_score(run, problems, config):
         prompt = prompt_ids[i // G][prompt_mask[i // G].bool()].tolist()
         ids = samples.completion_ids[i][samples.mask[i]].tolist()
         steps = step_rewards(text) if config.supervision == "process" else []
-        # PAPER: has a model judge the steps; here a rule does, or labels. The final answer is the last step.
+        # PAPER: there a model judges steps; here the rule does, or labels. Ours: the answer is a step, the last one.
         ends.append([*step_ends(run.tokenizer, ids, text, [end for end, _ in steps]), len(ids) - 1])
         examples.append((prompt + ids, [len(prompt) + end for end in ends[i]], [r for _, r in steps] + [outcomes[i]]))
     rewards = score(run.reward_model, examples) if config.reward == "model" else [labels for _, _, labels in examples]

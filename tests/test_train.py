@@ -501,7 +501,7 @@ def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
     (code,) = re.findall(r"```\n(import random\n.*?)```", readme, re.S)
     (tmp_path / "control.py").write_text(code)
     for seed in (0, 1):
-        settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / str(seed), "seed": seed, "steps": 40,
+        settings = {**BUILTIN, "model": learning_run / "sft", "out": tmp_path / str(seed), "seed": seed, "steps": 20,
                     "eval_every": 0, "eval_limit": 60, "show_every": 0, "sft_steps": 0}
         train.main(["--reward", f"{tmp_path / 'control.py'}:shuffled", *(
             str(x) for name, value in settings.items() for x in ("--" + name.replace("_", "-"), value))])
