@@ -14,7 +14,7 @@ token o_t after question q and the tokens before. EOS is the token that ends a c
     A_hat[i,t]   advantages                 (N, T)   how much better than its group; (N,) if alike for all t
     pi_theta     logp                       (N, T)   log-probs of the policy that is trained
     pi_old       logp_old                   (N, T)   ... of the policy as it was when it sampled them
-    pi_ref       logp_ref                   (N, T)   ... of the reference, a frozen copy of the policy
+    pi_ref       logp_ref                   (N, T)   ... of the reference, a copy renewed at each iteration
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the groups back.

@@ -365,7 +365,7 @@ def _holds(left, right):
 # --- 6. The learned reward model of Algorithm 1 ---------------------------------------------------------
 # It learns to imitate a judge, here the rule above, and then rewards. Its examples are (ids, ends, labels): the
 # tokens of prompt and completion, which of them end a step or the whole, and the judge's 1.0 or 0.0 for each of them.
-# PAPER: theirs starts from the base model and learns from data labelled beforehand; ours starts from the SFT model.
+# PAPER: theirs starts from the base model and learns from data labelled beforehand; ours starts from the policy.
 class RewardModel(torch.nn.Module):
     """The policy's architecture and weights, with a scalar head in place of the vocabulary's: logits of "right"."""
     def __init__(self, policy):

@@ -54,7 +54,7 @@ class Config:
     advantage: str = opt("group", "indicator: the bare reward, for Online RFT", choices="group indicator")
     sample_from: str = opt("policy", "reference: it writes the completions, as in RFT", choices="policy reference")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)", above=0)
-    reward_size: int = opt(2048, "completions that it is fitted to, before each iteration", least=1)
+    reward_size: int = opt(2048, "new completions that it is fitted to before each iteration", least=1)
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)", above=0, group="optimizer")
     lr_warmup: int = opt(5, "steps in which the learning rate rises", least=0)
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end; it falls linearly", least=0)
@@ -200,9 +200,9 @@ def sample_and_score(run, problems, config):
                  time.perf_counter() - start)
 
 def renew_reward_model(run, problems, config):
-    """Fit the reward model to what the last iteration sampled, and a ninth as many old examples (10% "replay")."""
+    """Fit the reward model to the newest completions of an iteration, and a ninth as many old ones (10% "replay")."""
     run.phase = "fit of the reward model"
-    if not run.replay:   # the first time, before step 1: it starts as the SFT model, and with completions of that
+    if not run.replay:   # the first time, before step 1: it starts as the policy, and with completions of that
         run.reward_model.load_state_dict(RewardModel(run.policy).state_dict())
         rule, n = dataclasses.replace(config, reward="", sample_from="policy"), min(len(problems), config.questions)
         while len(run.fresh) < config.reward_size:
@@ -350,7 +350,7 @@ def train(run, problems, held_out, config, autocast):
         for seed in (random.seed, numpy.random.seed, torch.manual_seed):
             seed(zlib.crc32(f"{config.seed} {part}".encode()))
     def finish_step(row):
-        """Renew the sampler, the next pi_old, and between iterations the reward model; evaluate, log, save."""
+        """Renew the sampler, the next pi_old, and before each iteration the reward model; evaluate, log, save."""
         done = row["step"]
         sampler.load_state_dict(run.policy.state_dict())
         if config.reward == "model" and done < total and done % config.steps == 0:   # before each iteration

@@ -101,6 +101,12 @@ def test_tokens_behind_the_last_step_get_nothing():
     assert advantages[1, 0] < 0 and advantages[1, 1:].tolist() == [0] * 4
 
 
+def test_tokens_that_do_not_count_get_nothing_wherever_a_step_ends():
+    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
+    advantages = process_advantages(t([[1.0], [0.0]]), torch.tensor([[3], [2]]), mask, 2)
+    assert ((advantages != 0) == mask).all()
+
+
 def test_one_step_at_the_last_token_is_outcome_supervision():
     generator = torch.Generator().manual_seed(0)
     rewards, lengths = torch.rand(6, 1, generator=generator, dtype=torch.float64), torch.tensor([3, 5, 1, 2, 4, 5])
@@ -359,7 +365,7 @@ def test_batch_tensors_are_not_written_to():
 
 def test_diagnostics_are_means_over_the_tokens_that_count():
     mask, far = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), math.log(2)
-    logp = t([[0.0, far, float("nan")], [far, 99.0, float("inf")]])
+    logp = t([[0.0, far, 5.0], [far, float("nan"), float("inf")]])
     _, diagnostics = grpo_loss(logp, torch.zeros_like(logp), t([[0.0, 0.0, 9.0], [0.0, float("nan"), 0.0]]), t([1.0, -1.0]), mask)
     close(diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
     close(diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
