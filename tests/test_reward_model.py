@@ -213,7 +213,9 @@ def test_the_reward_model_is_fitted_before_and_after_each_iteration_but_the_last
 
 
 def test_one_in_ten_of_the_examples_of_a_retraining_is_old(model_run):
-    _, calls = model_run
+    out, calls = model_run
+    state = torch.load(out / "checkpoints" / "12" / "state.pt", weights_only=True)
+    assert len(state["replay"]) == 60 + 48 + 48 and len(state["fresh"]) == 48   # history goes back to the start
     fits = [examples for kind, examples, *_ in calls if kind == "fit"]
     sampled = [[example for kind, examples, *_ in calls[start:start + 5] if kind == "score" for example in examples] for start in (1, 6)]
     assert len(fits[0]) == 60   # the completions of the SFT model alone
