@@ -132,6 +132,7 @@ def pick_device(name):
     cuda = torch.cuda.is_available() and name != "cpu"
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not cuda):
         raise InputError(f"--device {name} cannot be used here; take cpu, or cuda with a GPU (no MPS)")
+    torch.use_deterministic_algorithms(not cuda)   # else threads of a CPU add up gradients in any order
     bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)
     if cuda:
         print("sampling with bf16 weights" if bf16 else "this GPU has no bf16: float32 everywhere")
@@ -366,9 +367,8 @@ def main(argv):
     model, tokenizer = load_model(args.model, device)
     problems = fitting(model, tokenizer, problems, args.max_new_tokens)
     out.parent.mkdir(parents=True, exist_ok=True)
-    model = bf16_weights(model) if bf16 else model
-    scores, records, measures = evaluate(model, tokenizer, problems, args.max_new_tokens, args.samples,
-                                         args.temperature, args.seed, args.sample_tokens)
+    scores, records, measures = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems,
+        args.max_new_tokens, args.samples, args.temperature, args.seed, args.sample_tokens)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict, row in {row["verdict"]: row for rows in records.values() for row in rows}.items():   # one of each
         print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")

@@ -25,7 +25,7 @@ FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 -
          "--show-every 0 --lr-warmup 0 --reward own.py:random_reward").split()
 # "model" has the learned reward model in place of own.py, and is fitted behind steps 0 and 6; its SFT model knows a bit.
 VARIANTS = {"1": [], "2": ["--mu", "2"], "model": (
-    "--reward model --supervision process --iterations 2 --steps 6 --reward-size 30 --sft-steps 60").split()}
+    "--reward model --supervision process --iterations 2 --steps 6 --reward-size 20 --sft-steps 40").split()}
 # All random numbers that a process has. the file stop_at holds the number of the call that fails.
 OWN = """
 import os, pathlib, random, signal, time, numpy, torch
@@ -146,6 +146,7 @@ def test_five_steps_and_seven_are_twelve_steps(variant, folder, straight, monkey
     assert_same(final_state(Path("run")), straight[variant])
 
 
+@pytest.mark.slow
 def test_what_a_gpu_keeps_in_bf16_is_resumed_as_well(folder, monkeypatch):
     """The copy that samples and the reference, on a CPU."""
     monkeypatch.setattr(train, "pick_device", lambda name: (torch.device("cpu"), True))

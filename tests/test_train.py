@@ -481,6 +481,17 @@ def learning_run(tmp_path_factory):
     return out
 
 
+def test_the_same_seed_gives_the_same_weights_to_the_last_bit(learning_run, tmp_path):
+    """With batches as large as those of the default run: small ones do not show in which order threads add gradients."""
+    weights = []
+    for name in "ab":
+        train.main(["--model", str(learning_run / "sft"), "--problems", "arithmetic", "--questions", "16", "--max-new-tokens", "40",
+                    "--steps", "2", "--lr", "1e-4", "--supervision", "process", "--eval-every", "0", "--eval-limit", "1",
+                    "--eval-samples", "1", "--show-every", "0", "--out", str(tmp_path / name)])
+        weights.append((tmp_path / name / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
+
+
 def gain(folder):
     summary = json.loads((folder / "summary.json").read_text())
     return summary["after"]["in"]["sampled"] - summary["before"]["in"]["sampled"]
