@@ -2,7 +2,6 @@
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
-
     python eval.py --compare before.json after.json       two files that it wrote, question by question
 """
 
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch, transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
 from grpo import Samples, bf16_weights, cache_gap, head_is_plain, sample_groups
 from reward import MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent
 

@@ -261,7 +261,7 @@ def test_a_reward_model_that_has_diverged_is_found_before_the_update(tmp_path):
 
 
 def test_agreement_is_that_of_the_verdicts_on_final_answers(tmp_path, monkeypatch, capsys):
-    """Scores of our own: right for every second completion; the rule says so of the first half."""
+    """Scores of our own: right for every second completion; the rule says so of the first quarter."""
     monkeypatch.setattr(train, "fit", lambda *_, **__: None)
     monkeypatch.setattr(train, "score", lambda model, examples: [[0.3] * (len(ends) - 1) + [0.9, 0.2][i % 2:][:1] for i, (_, ends, _) in enumerate(examples)])
     monkeypatch.setattr(train, "score_texts", lambda reward, problems, texts: [float(i < len(texts) // 4) for i in range(len(texts))])
