@@ -376,7 +376,7 @@ def test_a_reward_that_fails_names_the_completion_and_loses_nothing(name, reason
 @pytest.mark.parametrize("name", ["short", "crowded"])
 def test_a_reward_that_fails_for_no_single_completion_is_named_too(name, tmp_path):
     (tmp_path / "own.py").write_text(OWN_REWARD)
-    with pytest.raises(InputError, match="not one finite number for each completion.*; question 'q'"):
+    with pytest.raises(InputError, match="not one finite number for each completion.*; question 'q', completion 'a' of 3"):
         score_texts(load_reward(f"{tmp_path / 'own.py'}:{name}"), [Problem("q", "1")] * 3, ["a", "b", "c"])
 
 
