@@ -1,19 +1,17 @@
 """The problems, the one prompt function, and how well a model solves the problems; train.py shares all of it.
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
-    python eval.py --model Qwen/Qwen2.5-0.5B-Instruct --problems gsm8k --limit 200
-    python eval.py --compare before.json after.json       two files that it wrote, question by question
+    python eval.py --model runs/arithmetic-0 --ask 7+5-4      a question of your own
+    python eval.py --compare before.json after.json           two files that it wrote, question by question
 """
 
-import argparse, hashlib, itertools, json, math, random, re, socket, sys, time
+import argparse, contextlib, hashlib, itertools, json, math, random, re, socket, sys, time
 from pathlib import Path
 from statistics import fmean
 from typing import NamedTuple
-
 import torch, transformers
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-
 from grpo import Samples, bf16_weights, cache_gap, head_is_plain, sample_groups
 from reward import MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent
 
@@ -45,7 +43,7 @@ DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chi
     "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
     "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-REQUEST_ZH = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
+REQUESTS = {"arithmetic": "", **dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")}   # else MATH_REQUEST
 
 def arithmetic(split):
     """The built-in problems: chains like "7+5-4+3", always the same. Worked solutions have two habits, where both can
@@ -91,13 +89,10 @@ def read_problems(path):
         try:
             if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
                 continue
-            pairs = json.loads(line.decode("utf-8-sig"), object_pairs_hook=list)
-            row = dict(pairs)   # loses doubles
+            row = json.loads(line.decode("utf-8-sig"))
             # In the published sets the question may also be messages[0].content, the answer "golden".
-            question = row.get("question") or row.get("problem") or dict(row.get("messages", [{}])[0]).get("content")
+            question = row.get("question") or row.get("problem") or row.get("messages", [{}])[0].get("content")
             answer = row.get("answer", row.get("golden"))
-            if len(row) < len(pairs):
-                raise ValueError("a key that stands there twice")
             if not isinstance(question, str) or not question.strip() or isinstance(answer, (bool, list)):
                 raise ValueError("no question, or an answer that is neither text nor a number")
             f"{question}{answer}".encode()   # half a character, "\\ud83d", is an error here
@@ -123,8 +118,7 @@ def load_problems(name, split, request=None):
         problems = read_problems(name)
     else:
         raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, arithmetic in, out, sft or train")
-    if request is None:
-        request = {"arithmetic": "", "cmath": REQUEST_ZH, "mgsm_zh": REQUEST_ZH}.get(name, MATH_REQUEST)
+    request = REQUESTS.get(name, MATH_REQUEST) if request is None else request
     return [problem._replace(request=request) for problem in problems]
 # --- 2. Models and prompts --------------------------------------------------------------------------
 def pick_device(name):
@@ -133,10 +127,7 @@ def pick_device(name):
     if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not cuda):
         raise InputError(f"--device {name} cannot be used here; take cpu, or cuda with a GPU (no MPS)")
     torch.use_deterministic_algorithms(not cuda)   # else threads of a CPU add up gradients in any order
-    bf16 = cuda and torch.cuda.get_device_capability() >= (8, 0)
-    if cuda:
-        print("sampling with bf16 weights" if bf16 else "this GPU has no bf16: float32 everywhere")
-    return torch.device("cuda" if cuda else "cpu"), bf16
+    return torch.device("cuda" if cuda else "cpu"), cuda and torch.cuda.get_device_capability() >= (8, 0)
 
 def load_model(name, device):
     """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
@@ -315,11 +306,9 @@ def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=
 def score_table(scores):
     """The scores of `evaluate` as lines of text."""
     lines = [f"n = {scores['n']:<16}accuracy  95% interval"]
-    for key, value in scores.items():
-        if f"{key}_interval" in scores:
-            lines.append("{:<20}{:>8.1%}  {:>6.1%} - {:.1%}".format(key, value, *scores[f"{key}_interval"]))
-        elif key.endswith(("_flexible", "_truncated", "_unparsable")):
-            lines.append(f"{key.replace('_', ', '):<20}{value:>8.1%}")
+    for key in [key for key, value in scores.items() if isinstance(value, float)]:
+        span = "  {:>6.1%} - {:.1%}".format(*scores[f"{key}_interval"]) if f"{key}_interval" in scores else ""
+        lines.append(f"{key.replace('_', ', '):<20}{scores[key]:>8.1%}{span}")
     return "\n".join(lines)
 # --- 4. Command line --------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
@@ -332,8 +321,8 @@ def run_cli(main):
     sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
     try:
         main(sys.argv[1:])
-    except (InputError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}")
+    except (InputError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {error}" + (f"; pip install {error.name}" if isinstance(error, ImportError) else ""))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -341,34 +330,45 @@ def main(argv):
     parser = Parser(prog="eval.py", description="Measure how well a model solves problems.")
     add = parser.add_argument
     add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
-    add("--problems", required="--compare" not in argv, help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh; file")
+    add("--problems", help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a file (default: a run's own)")
     add("--split", help="arithmetic: in (default), out, train, sft; others: test (default), train; a file: all")
     add("--limit", type=int, default=0, help="only the first so many problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
-    add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: 512)")
-    add("--request", help="what follows each question, as in training (default: as usual for the problems)")
+    add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: a run's own; 512)")
+    add("--request", help="what follows each question (default: a run's own; as usual for the problems)")
     add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache; fewer need less memory")
     add("--seed", type=int, default=0, help="of the samples (default: 0)")
     add("--device", default="auto", help="auto (default), cpu or cuda")
+    add("--ask", metavar="QUESTION", help="print the greedy answer to this question, then stop")
     add("--compare", nargs=2, metavar="FILE", help="compare two files that eval.py wrote, then stop")
     add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
     args = parser.parse_args(argv)
     if args.compare:
         return print(compare(args.compare))
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # most models are no run of train.py
+        run = json.loads(Path(args.model, "run.json").read_text())["config"]
+        usual = {name: run[name] for name in ("problems", "request", "max_new_tokens")}
+        args = parser.parse_args(argv, argparse.Namespace(**usual))
+    if not (args.problems or args.ask):
+        parser.error("the following arguments are required: --problems")
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
         raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
-    out = Path(args.out or f"runs/eval-{Path(args.problems).stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
+    out = Path(args.out or f"runs/eval-{Path(args.problems or '').stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     split = args.split or ("in" if args.problems == "arithmetic" else "test")
-    problems = load_problems(args.problems, split, args.request)[:args.limit or None]
+    request = REQUESTS.get(args.problems, MATH_REQUEST) if args.request is None else args.request
+    problems = [Problem(args.ask, "", request=request)] if args.ask else load_problems(args.problems, split, request)
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
-    problems = fitting(model, tokenizer, problems, args.max_new_tokens)
+    problems = fitting(model, tokenizer, problems[:args.limit or None], args.max_new_tokens)
+    model = bf16_weights(model) if bf16 else model
+    if args.ask:
+        return print(*sample_problems(model, tokenizer, problems, 1, args.max_new_tokens, 0.0)[-1])
     out.parent.mkdir(parents=True, exist_ok=True)
-    scores, records, measures = evaluate(bf16_weights(model) if bf16 else model, tokenizer, problems,
-        args.max_new_tokens, args.samples, args.temperature, args.seed, args.sample_tokens)
+    scores, records, measures = evaluate(model, tokenizer, problems, args.max_new_tokens, args.samples,
+                                         args.temperature, args.seed, args.sample_tokens)
     print(f"{args.model} on {args.problems}\n{score_table(scores)}")
     for verdict, row in {row["verdict"]: row for rows in records.values() for row in rows}.items():   # one of each
         print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")

@@ -3,8 +3,6 @@
     python train.py                                        a tiny model on built-in problems; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct     a real model on GSM8K, on one GPU
     python train.py --resume runs/gsm8k-0                  a run that was stopped or killed goes on
-
-All take the same way through this file. A run is a folder that transformers can load.
 """
 
 import collections, contextlib, copy, dataclasses, itertools, json, os, random, shutil, signal, sys, time, zlib
@@ -14,7 +12,7 @@ from types import SimpleNamespace
 import numpy, safetensors.torch, torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, load_model, load_problems,
                   pad, pick_device, run_cli, sample_problems, save_model)
 from grpo import (bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, process_advantages,
@@ -36,21 +34,21 @@ class Config:
     save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only if stopped", least=0)
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers", least=0)
     device: str = opt("auto", "auto, cpu or cuda")
-    questions: int = opt(32, "questions per step, B", least=1, group="sampling")
+    questions: int = opt(32, "questions per step, B (paper: 16 or 1024, not clear)", least=1, group="sampling")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)", least=2)
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
     sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
-    temperature: float = opt(1.0, "of sampling and log-probs; at 0 all samples would be the same", above=0)
-    iterations: int = opt(1, "how often reference and --reward model are renewed, I", least=1, group="algorithm")
+    temperature: float = opt(1.0, "of sampling and log-probs, above 0 (paper: not said)", above=0)
+    iterations: int = opt(1, "reference, reward model are renewed so often (paper: 1, 2)", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
     mu: int = opt(1, "updates on the same samples (paper: 1)", least=1)
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference", least=0)
-    clip_low: float = opt(0.2, "the ratio is clipped below 1 - this", least=0)
-    clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)", least=0)
+    clip_low: float = opt(0.2, "the ratio is clipped below 1 - this (paper: not said)", least=0)
+    clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (paper: not said; DAPO: 0.28)", least=0)
     scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices="std none")
-    aggregate: str = opt("sequence", "of means; token: DAPO, constant: Dr. GRPO", choices="sequence token constant")
+    aggregate: str = opt("sequence", "paper, token: DAPO, constant: Dr. GRPO", choices="sequence token constant")
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
-    supervision: str = opt("outcome", "process: steps have rewards of their own, too", choices="outcome process")
+    supervision: str = opt("outcome", "process: steps have rewards, too (paper: both)", choices="outcome process")
     advantage: str = opt("group", "indicator: the bare reward, for Online RFT", choices="group indicator")
     sample_from: str = opt("policy", "reference: it writes the completions, as in RFT", choices="policy reference")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)", above=0)
@@ -63,11 +61,12 @@ class Config:
     activation_checkpointing: bool = opt(False, "less memory, slower update")
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
-    eval_problems: str = opt("", "as gsm8k,mgsm_zh; none: those of the set, or a tenth of a file", group="evaluation")
+    eval_problems: str = opt("", "like gsm8k,mgsm_zh; none: of --problems", group="evaluation and log")
     eval_limit: int = opt(200, "at most so many of them", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
+    tensorboard: bool = opt(False, "write the log for TensorBoard as well, into the run's folder")
 
 # What differs when no --model is given. The tiny model wants a larger learning rate than a real one.
 BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
@@ -91,10 +90,10 @@ def parse_config(argv):
             defaults = dataclasses.asdict(Config(**json.loads(Path(run, "run.json").read_text())["config"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"--resume {run}: no run to go on with, for it has no run.json of ours ({error})")
-        for name in given.keys() - {"resume", "sample_tokens", "micro_tokens", "activation_checkpointing"}:
-            if given[name] != defaults[name]:
-                raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
-                                 "leave it out, or start another run")
+        fixed = given.keys() - {"resume", "sample_tokens", "micro_tokens", "activation_checkpointing"}
+        for name in [name for name in fixed if given[name] != defaults[name]]:
+            raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
+                             "leave it out, or start another run")
         given["out"] = run
     elif not given.get("model") and given.get("problems", "arithmetic") != "arithmetic":
         raise InputError(f"the built-in model knows only arithmetic: --problems {given['problems']} needs a --model")
@@ -116,9 +115,8 @@ def make_tiny_model(seed, device):
     tokenizer.decoder = decoders.Fuse()   # joins tokens without spaces
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<end>",
                                         unk_token="<unk>", additional_special_tokens=["<user>", "<assistant>"])
-    tokenizer.chat_template = (
-        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}"
-        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}")
+    turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
@@ -168,8 +166,7 @@ Batch = collections.namedtuple("Batch", "prompt_ids prompt_mask completion_ids m
                                         "advantages texts examples t_reward")
 
 def step_ends(tokenizer, ids, text, ends):
-    """For each end, in characters, the first place in ids up to which the decoded tokens hold text[:end]: a character
-    may take several tokens, and a token may hold the end of one step and the start of the next."""
+    """For each end, in characters, the first place in ids up to which the decoded tokens hold text[:end]."""
     parts = [tokenizer.decode(ids[:n + 1], skip_special_tokens=True) for n in range(len(ids) if ends else 0)]
     return [next(n for n, part in enumerate(parts) if part[:end] == text[:end]) for end in ends]
 
@@ -214,9 +211,8 @@ def renew_reward_model(run, problems, config):
     run.replay, run.fresh = run.replay + new, []
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
-    """mu optimizer steps on one batch. Returns means: gap and entropy over the tokens of `cuts` in the first pass;
-    kl and clip_share over the tokens in the loss, in all passes; loss and grad_norm over the passes.
-    cuts: micro-batches; logp_ref: the reference's log-probs of each, or None.
+    """mu optimizer steps on one batch, cut into micro-batches, `cuts`; logp_ref: the reference's of each, or None.
+    Returns means: gap and entropy over the tokens of the first pass, kl and clip_share over those in the loss.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
@@ -273,17 +269,16 @@ def warm_up(run, problems, config, autocast):
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     run.optimizer = optimizer
 # --- 5. The log -------------------------------------------------------------------------------------
-COLUMNS = dict(step="5d", reward="7.3f", right="6.3f", agree="6.3f", zero_var="9.2f", length="7.1f",
-               truncated="10.2f", loss="8.4f", kl="8.4f", clip_share="11.3f", entropy="8.3f", gap="8.0e",
-               grad_norm="10.3f", lr="8.1e", tok_s="8.0f", t_sample="9.2f", t_reward="9.2f", t_ref="6.2f",
-               t_update="9.2f", mem_gb="7.2f")
+COLUMNS = dict(step="d", reward=".3f", right=".3f", agree=".3f", zero_var=".2f", length=".1f", truncated=".2f",
+               loss=".4f", kl=".4f", clip_share=".3f", entropy=".3f", gap=".0e", grad_norm=".3f", lr=".1e",
+               tok_s=".0f", t_sample=".2f", t_reward=".2f", t_ref=".2f", t_update=".2f", mem_gb=".2f")
 
 def print_metrics(metrics, heading):
     """One line of fixed columns, with or without a heading above."""
-    columns = {name: spec for name, spec in COLUMNS.items() if name in metrics}
-    if heading:
-        print(" ".join(f"{name:>{spec.split('.')[0].rstrip('d')}}" for name, spec in columns.items()))
-    print(" ".join(format(metrics[name], spec) for name, spec in columns.items()), flush=True)
+    names = [name for name in COLUMNS if name in metrics]
+    cells = [format(metrics[name], COLUMNS[name]) for name in names]
+    for line in [names, cells] if heading else [cells]:
+        print(*(f"{cell:>{max(7, len(name))}}" for name, cell in zip(names, line)), flush=True)
     if metrics["truncated"] > 0.5:
         print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 # --- 6. Checkpoints and signals ---------------------------------------------------------------------
@@ -315,9 +310,6 @@ def save_checkpoint(run):
             safetensors.torch.save_model(model, unfinished / f"{name}.safetensors")
         torch.save(dict(optimizer=run.optimizer.state_dict(), step=run.step, scores=run.scores, fresh=run.fresh,
                         replay=run.replay, seconds=time.time() - run.started), unfinished / "state.pt")
-        for path in (run.out / "metrics.jsonl", *unfinished.iterdir()):
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())   # onto the disk, before the name says that it is whole
         unfinished.rename(folder)
         for old in checkpoints(run)[:-2]:
             shutil.rmtree(old.rename(unfinished))   # so that a half-deleted one never looks whole
@@ -345,10 +337,8 @@ def load_checkpoint(run):
 def train(run, problems, held_out, config, autocast):
     """Iterations, and steps in them, as one loop, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
-    def restart(part):
-        """Start all random numbers anew: each part of a run is the same, whether or not it was resumed before it."""
-        for seed in (random.seed, numpy.random.seed, torch.manual_seed):
-            seed(zlib.crc32(f"{config.seed} {part}".encode()))
+    # All random numbers start anew: each part of a run is the same, whether or not it was resumed before it.
+    restart = lambda part: set_seed(zlib.crc32(f"{config.seed} {part}".encode()))
     def finish_step(row):
         """Renew the sampler, the next pi_old, and before each iteration the reward model; evaluate, log, save."""
         done = row["step"]
@@ -364,6 +354,12 @@ def train(run, problems, held_out, config, autocast):
             run.scores = {"before": row["eval"], **run.scores, "after": row["eval"]}   # "before" stays the first one
             for split, scores in row["eval"].items():
                 print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+        if run.writer:
+            curves = row | {f"{s}/{k}": x for s, scores in row.get("eval", {}).items() for k, x in scores.items()}
+            for name, value in curves.items():
+                if isinstance(value, float):
+                    run.writer.add_scalar(name, value, done)
+            run.writer.flush()
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
         run.step, STOP["at once"] = done, True
@@ -371,11 +367,9 @@ def train(run, problems, held_out, config, autocast):
             sys.exit(128 + STOP["signal"])   # main saves
         if done == 0 or config.save_every and (done % config.save_every == 0 or done == total):
             save_checkpoint(run)
-
     if run.step < 0:
         finish_step({"step": 0})
-    if all(vars(config)[x] == vars(Config)[x] for x in "mu supervision advantage aggregate mask_truncated".split()):
-        print("the loss stays near 0 because the advantages of a group add up to 0; its gradient is not 0")
+    print("the loss stays near 0, since the advantages of a group add up to 0; its gradient is not 0")
     # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
             for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
@@ -409,13 +403,12 @@ def train(run, problems, held_out, config, autocast):
         lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
         metrics = update(run, batch, cuts, logp_ref, config, lr, autocast)
         lengths, t_sample = batch.mask.sum(dim=1).float(), sampled - start - batch.t_reward
-        metrics.update(
-            step=step + 1, iteration=step // config.steps, reward=batch.rewards.mean().item(), lr=lr,
-            zero_var=(batch.advantages == 0).view(len(questions), -1).all(dim=1).float().mean().item(),
-            left_out=1 - len(rows) / len(lengths), length=lengths.mean().item(),
-            truncated=batch.truncated.float().mean().item(), tok_s=lengths.sum().item() / t_sample,
-            t_sample=t_sample, t_reward=batch.t_reward, t_ref=referred - sampled,
-            t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
+        metrics.update(step=step + 1, iteration=step // config.steps, reward=batch.rewards.mean().item(), lr=lr,
+                       zero_var=(batch.advantages == 0).view(len(questions), -1).all(dim=1).float().mean().item(),
+                       left_out=1 - len(rows) / len(lengths), length=lengths.mean().item(),
+                       truncated=batch.truncated.float().mean().item(), tok_s=lengths.sum().item() / t_sample,
+                       t_sample=t_sample, t_reward=batch.t_reward, t_ref=referred - sampled,
+                       t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
         if config.reward == "model":   # its verdicts on completions that it was not fitted to, against the rule's
             right = torch.tensor([labels[-1] for _, _, labels in batch.examples]).view_as(batch.rewards)
             agree = (right > 0.5) == (batch.rewards > 0.5)
@@ -437,6 +430,8 @@ def main(argv):
     if not config.resume and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"--out {out} is a file or not empty, and nothing is overwritten: name another folder")
     load_reward(config.reward)   # what is wrong with it shows now, and not after the warm-up
+    if config.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
@@ -449,10 +444,8 @@ def main(argv):
     # step: how many are done, -1 before the first evaluation; phase, rows: (question, completion), to say what failed
     # fresh, replay: examples for the reward model, not yet and already used; models: those that a checkpoint holds
     models = {"policy": policy}
-    if config.kl_beta or config.sample_from == "reference":
-        models["reference"] = copy.deepcopy(sampler)
-    if config.reward == "model":
-        models["reward_model"] = RewardModel(policy)
+    models |= {"reference": copy.deepcopy(sampler)} if config.kl_beta or config.sample_from == "reference" else {}
+    models |= {"reward_model": RewardModel(policy)} if config.reward == "model" else {}
     run = SimpleNamespace(
         **models, models=models, sampler=sampler, optimizer=optimizer, tokenizer=tokenizer, out=out, started=started,
         step=-1, scores={}, phase="", rows=[], fresh=[], replay=[])
@@ -464,8 +457,9 @@ def main(argv):
         (out / "run.json").write_text(json.dumps({
             "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
-    print(f"{policy.num_parameters():,} parameters on {device}; from step {max(0, run.step)}, the run goes to {out}")
-    print(" ".join(f"{name}={value!r}" for name, value in settings.items()), flush=True)
+    run.writer = SummaryWriter(out, purge_step=run.step + 1) if config.tensorboard else None
+    print(f"{policy.num_parameters():,} parameters on {device}, sampling in {sampler.dtype}; "
+          f"from step {max(0, run.step)}, the run goes to {out}", flush=True)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()
@@ -487,12 +481,18 @@ def main(argv):
         raise
     scores, seconds = run.scores, time.time() - run.started
     (out / "summary.json").write_text(json.dumps(dict(**scores, seconds=seconds, seed=config.seed, config=settings)))
-    for split in scores["before"]:
-        for name in ("sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"):
-            cells = ["{:.3f} ({:.3f} - {:.3f})".format(measured[split][name], *measured[split][f"{name}_interval"])
-                     for measured in (scores["before"], scores["after"])]
-            print(f"{split:<3} {name:<8} {cells[0]} -> {cells[1]}")
-    print(f"saved after {seconds:.0f} s; to evaluate it, give eval.py --model {out}")
+    measures = "sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"
+    for split, name in itertools.product(scores["before"], measures):
+        print(f"{split:<3} {name:<8}", " -> ".join("{:.3f} ({:.3f} - {:.3f})".format(
+            scores[when][split][name], *scores[when][split][f"{name}_interval"]) for when in ("before", "after")))
+    rewards = [json.loads(line)["reward"] for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
+    means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # at most 60, in order
+    blocks = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - min(means)) / (max(means) - min(means) or 1))] for mean in means]
+    print(f"reward {''.join(blocks)}  from {min(means, default=0):.3f} to {max(means, default=0):.3f}")
+    flags = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in ("problems", "max_new_tokens", "lr"))
+    print(f"{seconds:.0f} s. The model is in {out}; to evaluate it, to ask it something, to train it further:\n"
+          f"  python eval.py --model {out}\n  python eval.py --model {out} --ask 7+5-4\n"
+          f"  python train.py --model {out} {flags}")
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -12,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig
 
 import eval as evaluation
 import grpo
-from eval import (DOWNLOADS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
+from eval import (DOWNLOADS, REQUESTS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
                   load_model, load_problems, maj_at_k, pad, pass_at_k, pick_device, read_problems)
 from helpers import CHAT_TEMPLATE, make_chat_model
 from reward import MATH_REQUEST, accuracy_reward
@@ -402,6 +403,42 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
     assert {"torch", "transformers", "python"} <= set(written["versions"]) and written["arguments"]["seed"] == 0
     with pytest.raises(InputError, match="nothing is overwritten"):
         evaluation.main([*arguments, "--out", str(path)])
+
+
+@pytest.mark.parametrize("config, flags, expected", [
+    (None, "", ("1+1", MATH_REQUEST, 512)),
+    (None, "--request Now. --max-new-tokens 9", ("1+1", "Now.", 9)),
+    (dict(problems="arithmetic", request=None, max_new_tokens=7), "", ("1+1", "", 7)),   # as in the run
+    (dict(problems="gsm8k", request="Go!", max_new_tokens=7), "--max-new-tokens 8", ("1+1", "Go!", 8)),
+    (dict(problems="gsm8k", request=None, max_new_tokens=7), "--problems cmath", ("1+1", REQUESTS["cmath"], 7)),
+])
+def test_a_question_of_ones_own_is_asked_as_in_the_run(config, flags, expected, chat_folder, tmp_path, monkeypatch, capsys):
+    run, asked = shutil.copytree(chat_folder, tmp_path / "run"), []
+    if config:
+        (run / "run.json").write_text(json.dumps({"config": config}))
+    monkeypatch.setattr(evaluation, "sample_problems", lambda model, tokenizer, problems, group, limit, temperature: (
+        asked.append((problems[0].question, problems[0].request, limit)), (len(problems), group, temperature), ["the answer"]))
+    evaluation.main(["--model", str(run), "--ask", "1+1", "--device", "cpu", *flags.split()])
+    assert asked == [expected] and capsys.readouterr().out.endswith("the answer\n")
+
+
+def test_a_question_of_ones_own_is_answered(chat_folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    evaluation.main(f"--model {chat_folder} --ask 1+1 --max-new-tokens 5 --device cpu".split())
+    *_, texts = evaluation.sample_problems(*load_model(str(chat_folder), CPU), [Problem("1+1", "", request=MATH_REQUEST)], 1, 5, 0.0)
+    assert capsys.readouterr().out == texts[0] + "\n" and not list(tmp_path.iterdir())   # nothing is written
+
+
+def test_a_run_is_evaluated_as_it_was_trained(chat_folder, story_file, tmp_path, capsys):
+    run = shutil.copytree(chat_folder, tmp_path / "run")
+    (run / "run.json").write_text(json.dumps({"config": dict(problems=str(story_file), request="Go!", max_new_tokens=6)}))
+    evaluation.main(f"--model {run} --limit 2 --samples 1 --out {tmp_path / 'out.json'} --device cpu".split())
+    arguments = json.loads((tmp_path / "out.json").read_text())["arguments"]
+    assert (arguments["problems"], arguments["request"], arguments["max_new_tokens"]) == (str(story_file), "Go!", 6)
+    for broken in ("{", "[]", "{}", '{"config": {"problems": "gsm8k"}}'):   # a run.json of somebody else's
+        (run / "run.json").write_text(broken)
+        with pytest.raises(InputError, match="required: --problems"):
+            evaluation.main(["--model", str(run)])
 
 
 def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys):

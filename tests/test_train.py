@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -387,6 +389,62 @@ def test_rewards_are_asked_for_with_the_gold_of_each_row():
     assert score_texts(load_reward(""), rows, texts) == [1, 0, 1, 1, 1, 0]
 
 
+def test_the_end_of_a_run_sums_it_up(tmp_path, monkeypatch, capsys):
+    """Rewards of 0.25, 0.5, 1 and 0.25 in the four steps; the commands printed are ones that work."""
+    steps = iter([0.25, 0.5, 1.0, 0.25])
+    monkeypatch.setattr(train, "load_reward", lambda name: lambda prompts, completions, answer: [next(steps)] * len(completions))
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "run")])
+    *table, reward, told, evaluate, ask, further = capsys.readouterr().out.splitlines()[-13:]
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    for line, (split, name) in zip(table, itertools.product(("in", "out"), ("sampled", "greedy", "maj@2", "pass@2"))):
+        before, after = ("{:.3f} ({:.3f} - {:.3f})".format(summary[when][split][name], *summary[when][split][f"{name}_interval"])
+                         for when in ("before", "after"))
+        assert line == f"{split:<3} {name:<8} {before} -> {after}"
+    assert reward == "reward ▁▃█▁  from 0.250 to 1.000" and f"s. The model is in {tmp_path / 'run'}; to evaluate it" in told
+    config = parse_config(further.split()[2:])
+    assert (config.model, config.problems, config.max_new_tokens, config.lr) == (str(tmp_path / "run"), "arithmetic", 40, 3e-4)
+    evaluation.main(ask.split()[2:])
+    assert evaluate.split() == ["python", "eval.py", "--model", str(tmp_path / "run")] and ask.split()[-1] == "7+5-4"
+
+
+class Writer:
+    """Stands in for TensorBoard's SummaryWriter."""
+
+    def __init__(self, folder, purge_step):
+        self.folder, self.purge_step, self.rows, self.flushed = folder, purge_step, [], 0
+        Writer.last = self
+
+    def add_scalar(self, name, value, step):
+        self.rows.append((name, value, step))
+
+    def flush(self):
+        self.flushed = len(self.rows)
+
+
+def test_tensorboard_gets_every_number_of_the_log(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "2", "--tensorboard", "--device", "cpu", "--out", str(tmp_path / "run")])
+    writer, rows = Writer.last, rows_of(tmp_path / "run")
+    assert (writer.folder, writer.purge_step) == (tmp_path / "run", 0) and writer.flushed == len(writer.rows)
+    for row in rows:
+        for name, value in row.items():
+            assert not isinstance(value, float) or (name, value, row["step"]) in writer.rows
+        for split in row.get("eval", {}):
+            assert (f"{split}/sampled", row["eval"][split]["sampled"], row["step"]) in writer.rows
+    assert all(isinstance(value, float) for _, value, _ in writer.rows)
+
+
+def test_without_the_package_tensorboard_is_one_line(tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith(("tensorboard", "torch.utils.tensorboard"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "tensorboard", None)   # to import it fails
+    monkeypatch.setattr(sys, "argv", ["train.py", "--tensorboard", "--out", str(tmp_path / "run")])
+    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)
+    with pytest.raises(SystemExit) as stop:
+        evaluation.run_cli(train.main)
+    assert re.fullmatch("error: .*tensorboard.*; pip install tensorboard", stop.value.code) and not list(tmp_path.iterdir())
+
+
 def test_runs_take_the_next_free_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
@@ -501,6 +559,11 @@ def test_grpo_learns(learning_run):
     rewards = [row["reward"] for row in rows_of(learning_run)[1:]]
     assert sum(rewards[:5]) / 5 < 0.4 and sum(rewards[-5:]) / 5 > 0.7
     assert gain(learning_run) > 0.4
+
+
+def test_what_was_trained_answers_a_question(learning_run, capsys):
+    evaluation.main(["--model", str(learning_run), "--ask", "7+5-4"])
+    assert capsys.readouterr().out == "7+5=12\n12-4=8\n\\boxed{8}\n"
 
 
 def test_shuffled_rewards_teach_nothing(learning_run, tmp_path):
