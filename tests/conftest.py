@@ -1,6 +1,7 @@
 """Small models that the tests build on the spot: no download, no GPU, no file outside the test's own folder."""
 
 import functools
+import inspect
 import os
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 import transformers
 
+import adapters
 import eval as evaluation
 from helpers import make_chat_model, tiny_model
 
@@ -71,3 +73,14 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with -m slow"))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """Below a failure: what the functions that the test calls have to do, by tests/adapters.py."""
+    report = (yield).get_result()
+    if report.failed:
+        source = inspect.getsource(item.function)
+        for name, function in inspect.getmembers(adapters, inspect.isfunction):
+            if f"{name}(" in source:
+                report.sections.append((f"the contract of {name}", inspect.getdoc(function)))

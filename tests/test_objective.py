@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from grpo import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, outcome_advantages,
+from adapters import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, outcome_advantages,
                   process_advantages)
 
 
@@ -13,8 +13,19 @@ def t(values, **kwargs):
     return torch.tensor(values, dtype=torch.float64, **kwargs)
 
 
-def close(a, b, tolerance=1e-9):
-    torch.testing.assert_close(a, b if torch.is_tensor(b) else t(b), rtol=0, atol=tolerance)
+# What a failure names.
+OUTCOME = "section 4.1.2: A_hat[i] = (r_i - mean(r)) / std(r), over the group of one question"
+PROCESS = "section 4.1.3: A_hat[i,t] = sum of the normalised rewards of the steps that end at or behind t"
+UNIFIED = "eq. 5, table 10: grad J = E[1/|o| * sum_t GC * grad log pi(o_t)], GC = A_hat + beta * (pi_ref/pi - 1) for GRPO"
+KL = "eq. 4: KL = pi_ref/pi - log(pi_ref/pi) - 1"
+CLIP = "eq. 3: min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)"
+LOSS = "eq. 3: J = 1/G * sum_i 1/|o_i| * sum_t {min(ratio * A, clip(ratio) * A) - beta * KL}, the loss is -J"
+
+
+def close(equation, got, expected, tolerance=1e-9):
+    expected = expected if torch.is_tensor(expected) else t(expected)
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance, msg=lambda text: (
+        f"{equation}\nexpected {expected.tolist()}\ngot      {got.tolist()}\n{text}"))
 
 
 # --- Masks ------------------------------------------------------------------------------------------
@@ -37,22 +48,22 @@ def test_eos_token_is_trained():
     logp = t([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]], requires_grad=True)
     loss, _ = grpo_loss(logp, logp.detach(), None, t([1.0, 1.0]), mask, kl_beta=0)
     loss.backward()
-    close(logp.grad, [[-0.25, -0.25, 0.0], [-1 / 6, -1 / 6, -1 / 6]])   # -1/2 * 1/|o_i|, EOS included, pad not
+    close(LOSS, logp.grad, [[-0.25, -0.25, 0.0], [-1 / 6, -1 / 6, -1 / 6]])   # -1/2 * 1/|o_i|, EOS included, pad not
 
 
 # --- 4.1.2: advantages ------------------------------------------------------------------------------
 
 def test_advantages_by_hand():
     # mean 1/4; sample variance (9/16 + 3 * 1/16) / 3 = 1/4, so std 1/2 (the population's would be 0.433)
-    close(outcome_advantages(t([[1, 0, 0, 0]])), [[0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001]])
-    close(outcome_advantages(t([[1, 0, 0, 0]]), scale="none"), [[0.75, -0.25, -0.25, -0.25]])
+    close(OUTCOME, outcome_advantages(t([[1, 0, 0, 0]])), [[0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001]])
+    close(OUTCOME, outcome_advantages(t([[1, 0, 0, 0]]), scale="none"), [[0.75, -0.25, -0.25, -0.25]])
 
 
 def test_groups_do_not_mix():
     rewards = t([[10.0, 12.0, 11.0, 10.0], [0.0, 1.0, 0.0, 0.0]])
     together = outcome_advantages(rewards)
-    close(together.sum(dim=1), [0.0, 0.0])
-    close(together, torch.cat([outcome_advantages(rewards[:1]), outcome_advantages(rewards[1:])]))
+    close(OUTCOME, together.sum(dim=1), [0.0, 0.0])
+    close(OUTCOME, together, torch.cat([outcome_advantages(rewards[:1]), outcome_advantages(rewards[1:])]))
 
 
 @pytest.mark.parametrize("group", [[0.0] * 4, [1.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3], [1e-9, 0.0, 0.0, 0.0]])
@@ -63,15 +74,15 @@ def test_equal_rewards_give_exactly_zero(group, scale):
 
 def test_advantages_do_not_depend_on_shift_or_scale_of_rewards():
     rewards = t([[1.0, 3.0, 2.0, 7.0]])
-    close(outcome_advantages(rewards), outcome_advantages(100 * rewards - 5), tolerance=1e-3)   # 1e-4 beside the std
-    close(outcome_advantages(rewards), outcome_advantages(rewards - 5))
+    close(OUTCOME, outcome_advantages(rewards), outcome_advantages(100 * rewards - 5), tolerance=1e-3)   # 1e-4 beside the std
+    close(OUTCOME, outcome_advantages(rewards), outcome_advantages(rewards - 5))
 
 
 def test_integer_and_bf16_rewards_are_computed_in_float32():
     for dtype in (torch.int64, torch.bfloat16, torch.bool):
         advantages = outcome_advantages(torch.tensor([[1, 0, 0, 0]]).to(dtype))
         assert advantages.dtype == torch.float32
-        close(advantages.double(), [[0.75 / 0.5001] + [-0.25 / 0.5001] * 3], tolerance=1e-6)
+        close(OUTCOME, advantages.double(), [[0.75 / 0.5001] + [-0.25 / 0.5001] * 3], tolerance=1e-6)
 
 
 @pytest.mark.parametrize("rewards, scale", [([[1.0]], "std"), ([1.0, 0.0], "std"), ([[1.0, 0.0]], "batch")])
@@ -87,10 +98,10 @@ def test_process_advantages_by_hand():
     rewards, ends = t([[1, 0, 1], [0, 9, 9]]), torch.tensor([[1, 3, 4], [2, -1, -1]])
     mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
     up = 0.5 / (1 / math.sqrt(3) + 1e-4)
-    close(process_advantages(rewards, ends, mask, 2), [
+    close(PROCESS, process_advantages(rewards, ends, mask, 2), [
         [up, up, 0, 0, up, 0],           # +up -up +up, then -up +up, then +up: the token that ends a step belongs to it
         [-up, -up, -up, 0, 0, 0]])
-    close(process_advantages(rewards, ends, mask, 2, scale="none"),
+    close(PROCESS, process_advantages(rewards, ends, mask, 2, scale="none"),
           [[0.5, 0.5, 0, 0, 0.5, 0], [-0.5, -0.5, -0.5, 0, 0, 0]])
 
 
@@ -112,7 +123,7 @@ def test_one_step_at_the_last_token_is_outcome_supervision():
     rewards, lengths = torch.rand(6, 1, generator=generator, dtype=torch.float64), torch.tensor([3, 5, 1, 2, 4, 5])
     mask = torch.arange(5) < lengths[:, None]
     advantages = process_advantages(rewards, lengths[:, None] - 1, mask, 3)
-    close(advantages, outcome_advantages(rewards.view(2, 3)).view(6, 1) * mask)
+    close(PROCESS, advantages, outcome_advantages(rewards.view(2, 3)).view(6, 1) * mask)
 
 
 def test_process_advantages_by_the_definition():
@@ -129,7 +140,7 @@ def test_process_advantages_by_the_definition():
         mean = sum(r for *_, r in steps) / len(steps)
         std = math.sqrt(sum((r - mean) ** 2 for *_, r in steps) / (len(steps) - 1)) + 1e-4
         for i in range(first, first + G):
-            close(advantages[i], [sum((r - mean) / std for k, end, r in steps if k == i and end >= token) for token in range(T)])
+            close(PROCESS, advantages[i], [sum((r - mean) / std for k, end, r in steps if k == i and end >= token) for token in range(T)])
 
 
 @pytest.mark.parametrize("rewards, ends", [
@@ -163,7 +174,7 @@ def test_every_method_has_the_gradient_of_its_coefficient(method):
     weight = coefficient * mask / mask.sum(1, keepdim=True) / G                                     # (G, T)
     one_hot = torch.nn.functional.one_hot(tokens, V).double()
     expected = -weight[..., None] * (one_hot - logits.detach().softmax(-1))                          # of -J
-    close(logits.grad, expected)
+    close(UNIFIED, logits.grad, expected)
     assert logits.grad.abs().max() > 0.01
 
 
@@ -171,7 +182,7 @@ def test_every_method_has_the_gradient_of_its_coefficient(method):
 
 def test_kl_estimate_by_hand():
     # pi_ref/pi = 1, 2, 1/2:  2 - log 2 - 1 = 0.30685,  1/2 + log 2 - 1 = 0.19315
-    close(kl_estimate(t([0.0, 0.0, 0.0]), t([0.0, math.log(2), -math.log(2)])),
+    close(KL, kl_estimate(t([0.0, 0.0, 0.0]), t([0.0, math.log(2), -math.log(2)])),
           [0.0, 1 - math.log(2), math.log(2) - 0.5])
 
 
@@ -183,7 +194,7 @@ def test_kl_estimate_is_never_negative_and_always_finite():
 
 def test_kl_estimate_averages_to_the_true_kl():
     p, q = t([0.5, 0.3, 0.2]), t([0.2, 0.2, 0.6])   # policy and reference over three tokens
-    close((p * kl_estimate(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
+    close(KL, (p * kl_estimate(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
 
 
 def test_gradient_of_the_kl_term_is_that_of_the_other_kl():
@@ -191,7 +202,7 @@ def test_gradient_of_the_kl_term_is_that_of_the_other_kl():
     logits, q = t([0.3, -0.2, 0.5], requires_grad=True), t([0.2, 0.2, 0.6])
     logp = logits.log_softmax(0)
     (logp.exp().detach() * kl_estimate(logp, q.log())).sum().backward()   # expectation over samples
-    close(logits.grad, logits.softmax(0).detach() - q)                   # = grad of sum q log(q / pi)
+    close(KL, logits.grad, logits.softmax(0).detach() - q)                   # = grad of sum q log(q / pi)
 
 
 # --- eq. 3: the surrogate ---------------------------------------------------------------------------
@@ -204,13 +215,13 @@ def test_gradient_of_the_surrogate_by_cases(advantage, ratio, value, gradient):
     logp = t(math.log(ratio), requires_grad=True)   # d ratio / d logp = ratio
     surrogate = clipped_surrogate(logp, t(0.0), t(advantage), clip_low=0.2, clip_high=0.2)
     surrogate.backward()
-    close(surrogate.detach(), value)
-    close(logp.grad, gradient)
+    close(CLIP, surrogate.detach(), value)
+    close(CLIP, logp.grad, gradient)
 
 
 def test_the_two_clip_ranges_are_independent():
     ratio = t([0.75, 1.25]).log()
-    close(clipped_surrogate(ratio, t([0.0, 0.0]), t([-1.0, 1.0]), clip_low=0.3, clip_high=0.1), [-0.75, 1.1])
+    close(CLIP, clipped_surrogate(ratio, t([0.0, 0.0]), t([-1.0, 1.0]), clip_low=0.3, clip_high=0.1), [-0.75, 1.1])
 
 
 @pytest.mark.parametrize("difference", [100.0, -100.0, 1e4, -1e4])
@@ -237,18 +248,18 @@ def test_loss_by_hand():
     kl = 1 - math.log(2)
     first, second = (3.2 - 0.1 * kl) / 3, -0.8
     loss, diagnostics = grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0.1)
-    close(loss, -(first + second) / 2)
-    close(diagnostics["kl"], kl / 4)          # 4 tokens count
+    close(LOSS, loss, -(first + second) / 2)
+    close(LOSS, diagnostics["kl"], kl / 4)          # 4 tokens count
     assert diagnostics["clip_share"] == 2 / 4   # the 1.5 of A > 0 and the 0.5 of A < 0
 
 
 def test_the_three_aggregates_by_hand():
     zeros, advantages = torch.zeros(2, 3, dtype=torch.float64), t([1.0, -2.0])
     loss = lambda **kwargs: grpo_loss(zeros, zeros, None, advantages, MASK, kl_beta=0, **kwargs)[0]
-    close(loss(aggregate="sequence"), -(1.0 - 2.0) / 2)               # means of each completion
-    close(loss(aggregate="token"), -(3 * 1.0 - 2.0) / 4)              # 4 tokens
-    close(loss(aggregate="constant", max_completion_tokens=10), -(3 * 1.0 - 2.0) / 20)   # 2 rows x limit
-    close(loss(denominator=8.0), -(1.0 - 2.0) / 8)
+    close(LOSS, loss(aggregate="sequence"), -(1.0 - 2.0) / 2)               # means of each completion
+    close(LOSS, loss(aggregate="token"), -(3 * 1.0 - 2.0) / 4)              # 4 tokens
+    close(LOSS, loss(aggregate="constant", max_completion_tokens=10), -(3 * 1.0 - 2.0) / 20)   # 2 rows x limit
+    close(LOSS, loss(denominator=8.0), -(1.0 - 2.0) / 8)
     with pytest.raises(ValueError):
         loss(aggregate="constant")
     with pytest.raises(ValueError):
@@ -259,7 +270,7 @@ def test_the_three_aggregates_by_hand():
 def test_advantages_come_in_three_shapes(shape):
     zeros, advantages = torch.zeros(2, 3, dtype=torch.float64), t([1.0, -2.0])
     given = {"(N,)": advantages, "(N, 1)": advantages[:, None], "(N, T)": advantages[:, None].expand(2, 3)}[shape]
-    close(grpo_loss(zeros, zeros, None, given, MASK, kl_beta=0)[0], 0.5)
+    close(LOSS, grpo_loss(zeros, zeros, None, given, MASK, kl_beta=0)[0], 0.5)
 
 
 @pytest.mark.parametrize("advantages", [[1.0, 2.0, 3.0], [[1.0, 2.0]], 1.0])
@@ -297,7 +308,7 @@ def test_gradient_equals_equation_21():
     coefficient = advantages[:, None] + 0.3 * ((logp_ref - logp).exp() - 1)
     weight = coefficient.detach() * mask / mask.sum(1, keepdim=True) / 6
     (expected,) = torch.autograd.grad(-(weight * pick(logits.log_softmax(-1))).sum(), logits)
-    close(gradient, expected)
+    close(UNIFIED, gradient, expected)
 
 
 def test_the_loss_is_zero_on_policy_but_its_gradient_is_not():
@@ -327,8 +338,8 @@ def test_micro_batches_change_nothing(aggregate, size):
     logp = pick(logits.log_softmax(-1))
     whole, _ = grpo_loss(logp, logp_old, logp_ref, advantages, mask, aggregate=aggregate, max_completion_tokens=10)
     value, grad = gradient(size, extra_columns=3)
-    close(value, whole.detach())
-    close(grad, torch.autograd.grad(whole, logits)[0])
+    close(LOSS, value, whole.detach())
+    close(LOSS, grad, torch.autograd.grad(whole, logits)[0])
 
 
 def test_padding_may_hold_anything():
@@ -367,7 +378,7 @@ def test_diagnostics_are_means_over_the_tokens_that_count():
     mask, far = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), math.log(2)
     logp = t([[0.0, far, 5.0], [far, float("nan"), float("inf")]])
     _, diagnostics = grpo_loss(logp, torch.zeros_like(logp), t([[0.0, 0.0, 9.0], [0.0, float("nan"), 0.0]]), t([1.0, -1.0]), mask)
-    close(diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
-    close(diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
+    close(LOSS, diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
+    close(LOSS, diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
     _, diagnostics = grpo_loss(logp, logp, logp, t([1.0, 1.0]), torch.zeros(2, 3).bool())
     assert diagnostics["clip_share"] == diagnostics["kl"] == 0

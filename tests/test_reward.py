@@ -19,9 +19,9 @@ from pathlib import Path
 import pytest
 
 import reward
+from adapters import (accuracy_reward, accuracy_rewards, clean, extract_answer, final_answer, is_equivalent, parse,
+                      step_rewards)
 from helpers import make_chat_model
-from reward import (accuracy_reward, accuracy_rewards, clean, extract_answer, final_answer, is_equivalent, parse,
-                    step_rewards)
 
 
 def boxed(text):
@@ -196,9 +196,9 @@ def test_every_rule_has_an_example_that_holds():
 
 
 def test_a_group_is_compared_with_a_gold_that_is_parsed_once():
-    parse.cache_clear()
+    reward.parse.cache_clear()
     assert [is_equivalent(str(n), r"\frac{36}{2}") for n in range(16)] == [False] * 16 and is_equivalent("18", r"\frac{36}{2}")
-    assert parse.cache_info().misses == 18   # 17 answers, one gold
+    assert reward.parse.cache_info().misses == 18   # 17 answers, one gold
 
 
 # --- restyled answers ---------------------------------------------------------------------------------
@@ -330,7 +330,7 @@ def test_fuzzed_text_never_raises_never_hangs_and_earns_zero_or_one():
         assert is_equivalent(text, gold) in (False, True) and is_equivalent(gold, text) in (False, True)
         assert {score for _, score in step_rewards(completion)} <= {0.0, 1.0}
         for function in (lambda: accuracy_reward(completion, gold), lambda: is_equivalent(text, gold)):
-            parse.cache_clear()
+            reward.parse.cache_clear()
             assert cpu_seconds(function) < 0.06, (text[:100], gold)
 
 
@@ -355,7 +355,7 @@ def test_comparing_takes_little_time(text):
     other = ",".join(reversed(text.split(","))) if "," in text else text[:-1] + "7"
 
     def compare():
-        parse.cache_clear()
+        reward.parse.cache_clear()
         is_equivalent(text, other)
 
     assert cpu_seconds(compare) < 0.06

@@ -10,10 +10,9 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import train
+from adapters import RewardModel, Samples, completion_mask, fit, outcome_advantages, process_advantages, score
 from eval import Problem, load_model
-from grpo import Samples, completion_mask, outcome_advantages, process_advantages
 from helpers import make_chat_model, tiny_model
-from reward import RewardModel, fit, score
 from train import Config, sample_and_score, step_ends
 
 CPU = torch.device("cpu")

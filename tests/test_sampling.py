@@ -8,7 +8,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 import grpo
-from grpo import bf16_weights, head_is_plain, sample_groups, token_logprobs
+from adapters import bf16_weights, head_is_plain, sample_groups, sample_token, token_logprobs
 from helpers import tiny_model
 
 EOS, PAD = [2, 3], 0   # two ids that end a completion
@@ -213,16 +213,16 @@ def test_impossible_tokens_are_never_drawn():
     """Drawing goes by the running sum of p, which must not stop at a token of p = 0, whatever the random number."""
     logits = torch.full((1, 50), -torch.inf)
     logits[0, [7, 8, 30]] = torch.tensor([0.0, 1.0, 2.0])
-    assert grpo.sample_token(logits * torch.nan, 1.0)[1].isnan().all()   # an error later on, not an index out of range
-    token, logp = grpo.sample_token(logits.expand(20_000, -1), 1.0, torch.Generator().manual_seed(0))
+    assert sample_token(logits * torch.nan, 1.0)[1].isnan().all()   # an error later on, not an index out of range
+    token, logp = sample_token(logits.expand(20_000, -1), 1.0, torch.Generator().manual_seed(0))
     assert set(token.tolist()) == {7, 8, 30} and logp.isfinite().all()
     for u, expected in ((0.0, 30), (1 - 2 ** -24, 7)):   # the ends of what torch.rand gives
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, u))
-            assert grpo.sample_token(logits, 1.0)[0].tolist() == [expected]
+            assert sample_token(logits, 1.0)[0].tolist() == [expected]
             rounded = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))   # sums a little off 1
             rounded[:, -1] = -torch.inf
-            assert grpo.sample_token(rounded, 1.0)[1].isfinite().all()
+            assert sample_token(rounded, 1.0)[1].isfinite().all()
 
 
 # --- Prompts once a group ---------------------------------------------------------------------------

@@ -15,10 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import eval as evaluation
 import train
+from adapters import load_reward, micro_batches, score_rows, score_texts, token_logprobs
 from eval import InputError, Problem, load_model, load_problems
-from grpo import micro_batches, score_rows, token_logprobs
 from helpers import make_chat_model
-from reward import load_reward, score_texts
 from train import BUILTIN, Config, learning_rate, parse_config
 
 SHORT = ["--sft-steps", "3", "--questions", "3", "--eval-limit", "4", "--eval-samples", "2", "--show-every", "0"]
