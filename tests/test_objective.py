@@ -35,6 +35,7 @@ def close(equation, got, expected, tolerance=1e-9):
     ([5, 6, 7, 8, 5], [9], [1, 1, 1, 1, 1]),   # no EOS: everything counts
     ([9, 9, 9, 9, 9], [9], [1, 0, 0, 0, 0]),   # an empty completion still has its EOS
     ([5, 8, 9, 5, 9], [8, 9], [1, 1, 0, 0, 0]),   # two EOS ids: the first of either
+    ([5, 9, 8, 5, 9], [8, 9], [1, 1, 0, 0, 0]),
     ([0, 5, 0, 9, 0], [9], [1, 1, 1, 1, 0]),   # the pad id inside a completion is a token like any other
     ([5, 6, 7, 8, 9], [], [1, 1, 1, 1, 1]),
 ])

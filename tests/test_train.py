@@ -213,6 +213,36 @@ def test_a_batch_without_any_gradient_still_makes_adams_step(chat_folder, story_
     assert (weights[1] - weights[2]).abs().max() > 1e-4
 
 
+def test_rows_that_are_truncated_leave_the_denominator(chat_folder, story_file):
+    """Two of three rows are left out: the gradient is that of the third alone, not a third of it."""
+    config = Config(group_size=4, max_new_tokens=8, kl_beta=0.0)
+    policy, batch = one_batch(config, chat_folder, story_file)
+    batch, norms = batch._replace(advantages=by_token(batch, [1.0] * 12), truncated=torch.tensor([True] * 11 + [False])), []
+    for rows, masked in ((range(12), True), ([11], False)):
+        part = batch if masked else batch._replace(mask=batch.mask & (torch.arange(12) == 11)[:, None])
+        cuts = micro_batches(rows, batch.prompt_mask, batch.mask, 10 ** 6)
+        norms.append(update(policy, part, cuts, dataclasses.replace(config, mask_truncated=masked), lr=0.0)["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5) and norms[0] > 0.01
+
+
+def test_each_update_begins_without_a_gradient(chat_folder, story_file):
+    config = Config(group_size=4, max_new_tokens=8, kl_beta=0.0)
+    policy, batch = one_batch(config, chat_folder, story_file)
+    cuts = micro_batches(range(12), batch.prompt_mask, batch.mask, 300)
+    first, second = (update(policy, batch, cuts, config, lr=0.0)["grad_norm"] for _ in range(2))
+    assert first == pytest.approx(second, rel=1e-5) and first > 0.01
+
+
+def test_each_completion_is_scored_with_its_own_gold(chat_folder, story_file, monkeypatch):
+    """Question-major: the G completions of the first question, then those of the second."""
+    asked = []
+    monkeypatch.setattr(train, "load_reward", lambda name: lambda prompts, completions, answer: (
+        asked.append(list(zip(prompts, answer))), [0.0] * len(completions))[1])
+    one_batch(Config(group_size=4, max_new_tokens=4), chat_folder, story_file)
+    problems = load_problems(str(story_file), "", "")[:3]
+    assert asked == [[(problem.question, problem.answer) for problem in problems for _ in range(4)]]
+
+
 def test_old_logprobs_stay_those_before_the_first_update(chat_folder, story_file, monkeypatch):
     """mu = 3 passes: pi_old is recorded in the first and never again; every pass uses every row once."""
     config = Config(group_size=4, max_new_tokens=8, micro_tokens=300, mu=3, kl_beta=0.0)
