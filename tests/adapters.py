@@ -55,6 +55,11 @@ def head_is_plain(model):
     return grpo.head_is_plain(model)
 
 
+def cache_gap(model):
+    """The largest difference of log-probs as sampled, with a cache, and as scored, without: about 0, and a float."""
+    return grpo.cache_gap(model)
+
+
 def micro_batches(rows, prompt_mask, mask, limit):
     """Row numbers, each once, in lists of at most `limit` tokens (rows times the longest prompt + completion)."""
     return grpo.micro_batches(rows, prompt_mask, mask, limit)

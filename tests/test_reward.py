@@ -322,7 +322,7 @@ def cpu_seconds(function, *arguments, tries=3):
 
 def test_fuzzed_text_never_raises_never_hangs_and_earns_zero_or_one():
     rng, golds = random.Random(0), [gold for pairs in EQUAL.values() for _, gold in pairs]
-    for number in range(20_000):
+    for number in range(8_000):
         text = hostile_text(rng, number % 8)
         gold = text if rng.random() < 0.3 else rng.choice(golds)
         completion = text * (1_000_000 // max(1, len(text))) if number % 200 == 199 else boxed(text) if rng.random() < 0.8 else text

@@ -8,7 +8,8 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 import grpo
-from adapters import bf16_weights, head_is_plain, sample_groups, sample_token, token_logprobs
+from adapters import (bf16_weights, cache_gap, head_is_plain, micro_batches, sample_groups, sample_token, score_rows,
+                      token_logprobs)
 from helpers import tiny_model
 
 EOS, PAD = [2, 3], 0   # two ids that end a completion
@@ -341,3 +342,50 @@ def test_rotary_frequencies_stay_float32(llama):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert all(torch.equal(a, b) and a.dtype == torch.float32 for a, b in zip(model.buffers(), llama.buffers()))
     assert list(llama.buffers())
+
+
+def test_the_check_of_a_model_finds_no_gap(any_model):
+    """Log-probs as sampled with a KV cache, and as scored without one."""
+    assert 0 < cache_gap(any_model) < 1e-4
+
+
+# --- Micro-batches ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("limit", [1, 20, 50, 10_000])
+def test_every_row_is_in_one_micro_batch(limit):
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 30, (37, 1), generator=generator)
+    mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=generator)
+    cuts = micro_batches(range(37), prompt_mask.long(), mask, limit)
+    assert sorted(row for cut in cuts for row in cut) == list(range(37))
+    for cut in cuts:
+        columns = prompt_mask[cut].sum(1).max() + mask[cut].sum(1).max()   # as many as go through the model
+        assert len(cut) == 1 or len(cut) * columns <= limit
+
+
+@pytest.mark.parametrize("limit", [1, 40, 90, 10_000])
+def test_micro_batches_of_groups_are_as_large_as_the_limit_allows(limit):
+    """12 groups of 3, and some rows left out."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=generator)
+    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=generator)
+    rows = [row for row in range(36) if row % 5]
+    cuts = micro_batches(rows, prompt_mask.long(), mask, limit)
+    assert sorted(row for cut in cuts for row in cut) == rows
+
+    def tokens(cut):
+        return len(cut) * (mask[cut].sum(1).max() + prompt_mask[[row // 3 for row in cut]].sum(1).max())
+
+    assert all(len(cut) == 1 or tokens(cut) <= limit for cut in cuts)
+    assert all(tokens(a + b[:1]) > limit for a, b in zip(cuts, cuts[1:]))
+
+
+def test_rows_score_alone_as_in_the_batch(llama, prompts):
+    """Rows of three questions, out of order: values, entropies and mask of the batch, less the columns of mere padding."""
+    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    whole = rescore(llama, prompts, samples, 0.7, group_size=4)
+    for rows in ([7, 0, 2], [11], list(range(12))):
+        logp, entropy, mask = score_rows(llama, rows, *prompts, *samples[:2], 0.7)
+        width = samples.mask[rows].sum(dim=1).max()
+        assert torch.equal(mask, samples.mask[rows, :width])
+        torch.testing.assert_close((logp, entropy), (whole[0][rows, :width], whole[1][rows, :width]), rtol=0, atol=1e-5)

@@ -60,35 +60,6 @@ def test_help_names_every_option_with_both_defaults(capsys):
 
 # --- Parts ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("limit", [1, 20, 50, 10_000])
-def test_every_row_is_in_one_micro_batch(limit):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 30, (37, 1), generator=generator)
-    mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=generator)
-    cuts = micro_batches(range(37), prompt_mask.long(), mask, limit)
-    assert sorted(row for cut in cuts for row in cut) == list(range(37))
-    for cut in cuts:
-        columns = prompt_mask[cut].sum(1).max() + mask[cut].sum(1).max()   # as many as go through the model
-        assert len(cut) == 1 or len(cut) * columns <= limit
-
-
-@pytest.mark.parametrize("limit", [1, 40, 90, 10_000])
-def test_micro_batches_of_groups_are_as_large_as_the_limit_allows(limit):
-    """12 groups of 3, and some rows left out."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=generator)
-    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=generator)
-    rows = [row for row in range(36) if row % 5]
-    cuts = micro_batches(rows, prompt_mask.long(), mask, limit)
-    assert sorted(row for cut in cuts for row in cut) == rows
-
-    def tokens(cut):
-        return len(cut) * (mask[cut].sum(1).max() + prompt_mask[[row // 3 for row in cut]].sum(1).max())
-
-    assert all(len(cut) == 1 or tokens(cut) <= limit for cut in cuts)
-    assert all(tokens(a + b[:1]) > limit for a, b in zip(cuts, cuts[1:]))
-
-
 def test_score_rows_lets_no_needless_padding_through(chat_folder, story_file):
     """What a model gets to see is as wide as the longest of the rows, and each prompt is among it once."""
     policy, batch = one_batch(Config(group_size=4, max_new_tokens=12), chat_folder, story_file)
