@@ -110,9 +110,11 @@ def main(argv):
     names = args.functions.split(",") if args.functions else public_functions(source)
     if unknown := set(names) - set(public_functions(source)):
         sys.exit(f"error: grpo.py has no function {', '.join(unknown)}; it has {', '.join(public_functions(source))}")
-    from test_mutants import MUTANTS   # not above: the tests of a project that is watched have their own
-    if args.bug is not None and not 1 <= args.bug <= len(MUTANTS):
-        sys.exit(f"error: --bug {args.bug}: take 1 to {len(MUTANTS)}")
+    if args.bug is not None:
+        sys.path.insert(0, str(ROOT))
+        from test_mutants import MUTANTS
+        if not 1 <= args.bug <= len(MUTANTS):
+            sys.exit(f"error: --bug {args.bug}: take 1 to {len(MUTANTS)}")
     if folder.exists():
         sys.exit(f"error: {folder} exists, and nothing is overwritten: name a new folder")
     folder.mkdir(parents=True)
