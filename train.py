@@ -45,10 +45,10 @@ class Config:
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference", least=0)
     clip_low: float = opt(0.2, "the ratio is clipped below 1 - this (paper: not said)", least=0)
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (paper: not said; DAPO: 0.28)", least=0)
-    scale_rewards: str = opt("std", "by the group's std (paper), or none (Dr. GRPO)", choices="std none")
-    aggregate: str = opt("sequence", "paper, token: DAPO, constant: Dr. GRPO", choices="sequence token constant")
+    scale_rewards: str = opt("std", "by the group's std; Dr. GRPO: none", choices="std none")
+    aggregate: str = opt("sequence", "paper: sequence, DAPO: token, else Dr. GRPO", choices="sequence token constant")
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
-    supervision: str = opt("outcome", "process: steps have rewards, too (paper: both)", choices="outcome process")
+    supervision: str = opt("outcome", "process: of steps, too (paper: both)", choices="outcome process")
     advantage: str = opt("group", "indicator: the bare reward, for Online RFT", choices="group indicator")
     sample_from: str = opt("policy", "reference: it writes the completions, as in RFT", choices="policy reference")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)", above=0)
@@ -81,8 +81,8 @@ def parse_config(argv):
             group = parser.add_argument_group(meta["group"])
         text = f"{meta['help']} [{'none' if field.default in ('', None) else field.default}"
         text += f"; built-in: {BUILTIN[field.name]}]" if field.name in BUILTIN else "]"
-        kind = dict(type=field.type, choices=meta["choices"].split() or None, metavar="X")
-        group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else kind)
+        how = dict(type=field.type, choices=meta["choices"].split() or None, metavar=None if meta["choices"] else "X")
+        group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     defaults, run = ({} if given.get("model") else BUILTIN), given.get("resume")
     if run is not None:

@@ -274,9 +274,47 @@ def show_memory():
         print(f"built-in model, {'bf16 copies' if bf16 else 'float32'}, allocated: GRPO {grpo / 1e6:.2f} MB, PPO {ppo / 1e6:.2f} MB, "
               f"{grpo / ppo:.2f} of it")
     # float32: weights, gradients, two moments; bf16: the copy that samples, the reference
-    for name, parameters in (("0.5B", 494_032_768), ("1.5B", 1_543_714_304)):
+    for name, (parameters, layers, shape) in QWEN.items():
         grpo, ppo = 20 * parameters, 36 * parameters
         print(f"Qwen2.5-{name}, bf16 copies, computed: GRPO {grpo / 1e9:.1f} GB, PPO {ppo / 1e9:.1f} GB, {grpo / ppo:.2f} of it")
+        cache = 2 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]   # keys and values of 2 bytes
+        kept = []   # bytes a token, with all layers: from one and two, since a micro-batch of 2,048 fits everywhere
+        for checkpointing in (False, True):
+            (a, b), (c, d) = ([kept_for_backward(shape, n, tokens, checkpointing) for tokens in (1024, 2048)] for n in (1, 2))
+            kept.append((b - a + (layers - 1) * (d - c - b + a)) / 1024)
+        print(f"    KV cache {cache} bytes a token; the update keeps {kept[0] / 1e6:.2f} MB a token, "
+              f"{kept[1] / 1e6:.2f} with --activation-checkpointing")
+
+
+QWEN = {   # parameters, layers, shape
+    "0.5B": (494_032_768, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+                                   head_dim=64)),
+    "1.5B": (1_543_714_304, 28, dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+                                     head_dim=128)),
+}
+
+
+def kept_for_backward(shape, layers, tokens, checkpointing):
+    """Bytes that autograd keeps of a micro-batch of four rows in bf16 autocast, on the CPU, with a small vocabulary."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from grpo import token_logprobs
+    torch.manual_seed(0)
+    model = Qwen2ForCausalLM(Qwen2Config(vocab_size=1000, num_hidden_layers=layers, tie_word_embeddings=True, **shape)).train()
+    if checkpointing:
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+    weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), x   # with x, so that its place is not used again
+        return x
+
+    ids, mask = torch.randint(1000, (4, tokens // 4)), torch.ones(4, tokens // 4 - 20).bool()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x), torch.autocast("cpu", torch.bfloat16):
+        token_logprobs(model, ids[:, :20], torch.ones_like(ids[:, :20]), ids[:, 20:], mask, 1.0)
+    return sum(size for size, _ in kept.values())
 
 
 def main():
