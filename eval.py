@@ -43,11 +43,11 @@ DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chi
     "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
     "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-REQUESTS = {"arithmetic": "", **dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")}   # else MATH_REQUEST
+REQUESTS = {"arithmetic": "", **dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")}
 
 def arithmetic(split):
-    """The built-in problems: chains like "7+5-4+3", always the same. Worked solutions have two habits, where both can
-    be: four times in ten they take one term ("7+5=12"), and are right, else two ("7+5-4=9"), and guess within 3.
+    """The built-in problems: chains like "7+5-4+3", always the same. Where two or more terms are left, a line of the
+    solution takes one ("7+5=12") four times in ten, and is right, else two ("7+5-4=9"), and is off by up to 3.
     """
     terms, count, held_out = ARITHMETIC_SPLITS[split]
     rng, problems = random.Random(f"arithmetic {split}"), []
@@ -202,7 +202,7 @@ def fitting(model, tokenizer, problems, max_new_tokens):
     room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - max_new_tokens
     fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
     lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
-    limit = f"the {room} positions that --max-new-tokens {max_new_tokens} leaves of the model's"
+    limit = f"the {room} tokens that --max-new-tokens {max_new_tokens} leaves of the model's context"
     if len(lines) == len(problems):
         raise InputError(f"no prompt fits into {limit}: lower it")
     if lines:
@@ -210,9 +210,9 @@ def fitting(model, tokenizer, problems, max_new_tokens):
     return [problem for problem, fit in zip(problems, fits) if fit]
 
 def pad(tokenizer, rows, side, device):
-    """Lists of token ids as tensors: ids and mask, both (n, longest). Prompts are padded on the left."""
+    """Lists of token ids as tensors (n, longest): ids, and mask, a bool; side: "left" for prompts, else "right"."""
     padded = tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
-    return padded.input_ids.to(device), padded.attention_mask.to(device)
+    return padded.input_ids.to(device), padded.attention_mask.bool().to(device)
 
 def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temperature,
                     sample_tokens=SAMPLE_TOKENS, generator=None):
@@ -228,8 +228,8 @@ def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temp
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
 # --- 3. Accuracy ------------------------------------------------------------------------------------
 def interval(scores):
-    """95% interval, (low, high), of the mean of one score in [0, 1] a question: its K samples depend on each other.
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or alike, else mean +- 1.96 standard errors.
+    """95% interval (low, high) of a mean; scores: one in [0, 1] per question, as samples of one are not independent.
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else mean +- 1.96 standard errors.
     """
     n, mean, z = len(scores), fmean(scores), 1.96
     if set(scores) <= {0, 1} or len(set(scores)) == 1:
@@ -304,8 +304,8 @@ def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=
     return scores, records, measures
 
 def score_table(scores):
-    """The scores of `evaluate` as lines of text."""
-    lines = [f"n = {scores['n']:<16}accuracy  95% interval"]
+    """The scores of `evaluate`, a line each: first the shares without an interval, then the accuracies."""
+    lines = [f"n = {scores['n']:<16}   share  95% interval"]
     for key in [key for key, value in scores.items() if isinstance(value, float)]:
         span = "  {:>6.1%} - {:.1%}".format(*scores[f"{key}_interval"]) if f"{key}_interval" in scores else ""
         lines.append(f"{key.replace('_', ', '):<20}{scores[key]:>8.1%}{span}")
@@ -327,12 +327,12 @@ def run_cli(main):
         sys.exit(130)
 
 def main(argv):
-    parser = Parser(prog="eval.py", description="Measure how well a model solves problems.")
+    parser = Parser(prog="eval.py", description="Measure how well a model solves problems.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
     add("--problems", help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a file (default: a run's own)")
-    add("--split", help="arithmetic: in (default), out, train, sft; others: test (default), train; a file: all")
-    add("--limit", type=int, default=0, help="only the first so many problems (default: all)")
+    add("--split", help="arithmetic: in, out, train, sft; others: test, train (default: first); file: all, even seen")
+    add("--limit", type=int, default=0, help="take only the first LIMIT problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
     add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
     add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: a run's own; 512)")
@@ -348,21 +348,21 @@ def main(argv):
         return print(compare(args.compare))
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # most models are no run of train.py
         run = json.loads(Path(args.model, "run.json").read_text())["config"]
-        usual = {name: run[name] for name in ("problems", "request", "max_new_tokens")}
-        args = parser.parse_args(argv, argparse.Namespace(**usual))
+        args = parser.parse_args(argv, argparse.Namespace(max_new_tokens=run["max_new_tokens"],
+            request=run["request"], problems=run["eval_problems"].partition(",")[0] or run["problems"]))
     if not (args.problems or args.ask):
-        parser.error("the following arguments are required: --problems")
+        parser.error(f"--problems or --ask is required: {args.model} has no run.json of train.py to take them from")
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
         raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
     out = Path(args.out or f"runs/eval-{Path(args.problems or '').stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
-    split = args.split or ("in" if args.problems == "arithmetic" else "test")
+    args.split = args.split or ("in" if args.problems == "arithmetic" else "test")
     request = REQUESTS.get(args.problems, MATH_REQUEST) if args.request is None else args.request
-    problems = [Problem(args.ask, "", request=request)] if args.ask else load_problems(args.problems, split, request)
+    todo = [Problem(args.ask, "", request=request)] if args.ask else load_problems(args.problems, args.split, request)
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
-    problems = fitting(model, tokenizer, problems[:args.limit or None], args.max_new_tokens)
+    problems = fitting(model, tokenizer, todo[:args.limit or None], args.max_new_tokens)
     model = bf16_weights(model) if bf16 else model
     if args.ask:
         return print(*sample_problems(model, tokenizer, problems, 1, args.max_new_tokens, 0.0)[-1])

@@ -101,7 +101,7 @@ class PreallocatedLayer(DynamicLayer):
     def batch_select_indices(self, indices):
         moved = (indices != torch.arange(len(indices))).nonzero().squeeze(1)
         for x in (self.keys, self.values):
-            x[moved] = x[indices[moved]]
+            x[moved] = x[indices[moved]]   # refilled from rows behind the new end
         self.reserved = [x[:len(indices)] for x in self.reserved]
         self.keys, self.values = self.keys[:len(indices)], self.values[:len(indices)]
 
@@ -176,7 +176,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     Raises ValueError for a temperature that is not above 0.
 
     With V = 150,000 the logits are by far the largest tensor around. So only the tokens that count reach the
-    vocabulary head, in chunks that are computed again in the backward pass: no (N, T, V) tensor exists.
+    vocabulary head, in chunks; several are computed again in the backward pass: no (N, T, V) tensor exists.
     """
     # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from step 1 on
     # (test_rescored_logprobs_equal_the_samplers).
@@ -224,7 +224,7 @@ def _logp_and_entropy(head, states, targets, temperature):
 def head_is_plain(model):
     """Whether the model's logits are its output embedding applied to its base model's output, nothing else.
     Not so for Granite and Cohere, which scale their logits, and Gemma 2, which caps them: there the head applied
-    by hand would be another model. Found out by trying, once a model, then remembered on it.
+    by hand would be another model. Found out by trying, once a model, then remembered as model._head_is_plain.
     """
     if hasattr(model, "_head_is_plain"):
         return model._head_is_plain
@@ -239,7 +239,7 @@ def head_is_plain(model):
 
 @torch.no_grad()
 def cache_gap(model):
-    """The largest difference of log-probs between groups as sampled with a KV cache and scored without: about 0."""
+    """The largest difference between log-probs of a small sample, drawn with a KV cache, and without one: about 0."""
     ids = torch.tensor([[0, 0, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)
     samples = sample_groups(model, ids, ids > 0, 2, 8, eos_ids=range(0, 10**6, 4), pad_id=0)   # one token in 4 ends
     alone = [x.repeat_interleave(2, dim=0) for x in (ids, ids > 0)]
@@ -320,8 +320,8 @@ def kl_estimate(logp, logp_ref):
     """KL to the reference, estimated per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4. (N, T) -> (N, T).
 
     It is 0 where the two agree and positive elsewhere: for pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307.
-    Averaged over samples from pi it is KL(pi || pi_ref), "unbiased" in the paper. Differentiated on them it has on
-    average the gradient of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
+    Averaged over samples from pi it is KL(pi || pi_ref), "unbiased" in the paper. Its own gradient, samples fixed,
+    is on average that of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
     # PAPER: eq. 4 has no clamp. Without one, a token of log-ratio 100 makes the whole step inf or nan.
     log_ratio = (logp_ref - logp).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)

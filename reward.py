@@ -5,11 +5,11 @@ marked, the whole marked text is the answer, and what is not understood must be 
 cleaned, parsed and compared; text of a model is never run as code, and every text and number is bounded.
 
 Conventions, each a choice (change one, and the tests will tell you what moved):
->>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # a box before a tag before ####, then the last
+>>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")   # box over tag over ####; of several the last
 '2'
 >>> accuracy_reward("The answer is 18.", "18"), is_equivalent("18 or 20", "18")   # no pay for a bare number, a hedge
 (0.0, False)
->>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # no % may be missing
+>>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")   # gold's % is needed
 ([True, True, True], False)
 >>> is_equivalent(r"2 \cdot 3^2", "18"), is_equivalent("9+9", "18")   # a product or sum equals its value
 (True, True)
@@ -144,7 +144,7 @@ def _items(value, kind):
     return value.items if isinstance(value, Group) and value.kind == kind else (value,)
 
 def _close(a, b):
-    """Whether two values at one point are the same: Fractions exactly, others to 1e-10 of their size."""
+    """Whether two values at one point of `parse` are the same: Fractions exactly, others to 1e-10 of their size."""
     # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
     if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
         return a == b
@@ -224,7 +224,7 @@ def _atom(tokens, point, depth):
 
 @functools.lru_cache(maxsize=1000)   # the answers of a group are compared with one gold
 def parse(text):
-    r"""The values of a cleaned text at three points (a list), or None if it is not understood.
+    r"""A list: the values of a cleaned text at three points (at each its letters stand for other numbers), or None.
     >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
     (Fraction(3, 4), None, None, None)
     """
@@ -239,7 +239,7 @@ def parse(text):
         return None
 # --- 4. Comparison ------------------------------------------------------------------------------------
 def _same(a, b):
-    """Whether two values, each given at all points, are the same."""
+    """Whether two values, each given at the three points of `parse`, agree at all of them."""
     kinds = {getattr(value, "kind", None) for value in (*a, *b)}
     if kinds == {None}:
         return all(map(_close, a, b))
@@ -311,7 +311,7 @@ def accuracy_rewards(prompts, completions, answer, **kwargs):
 
 @functools.cache   # a user's file is run once
 def load_reward(name):
-    """FILE.py:FUNCTION; accuracy_rewards for "", and for "model", which imitates it. Raises InputError."""
+    """The function FILE.py:FUNCTION, or accuracy_rewards for "" and "model" (labels to learn). Raises InputError."""
     path, _, function = name.rpartition(":")
     try:
         return accuracy_rewards if name in ("", "model") else runpy.run_path(path)[function]

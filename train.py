@@ -39,7 +39,7 @@ class Config:
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
     sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
     temperature: float = opt(1.0, "of sampling and log-probs, above 0 (paper: not said)", above=0)
-    iterations: int = opt(1, "reference, reward model are renewed so often (paper: 1, 2)", least=1, group="algorithm")
+    iterations: int = opt(1, "renewals of reference and reward model (paper: 1, 2)", least=1, group="algorithm")
     steps: int = opt(100, "steps per iteration, M", least=0)
     mu: int = opt(1, "updates on the same samples (paper: 1)", least=1)
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference", least=0)
@@ -61,8 +61,8 @@ class Config:
     activation_checkpointing: bool = opt(False, "less memory, slower update")
     sft_steps: int = opt(0, "steps on worked solutions before RL", least=0, group="supervised warm-up (SFT)")
     sft_lr: float = opt(1e-5, "peak of the learning rate, which rises for 20 steps and falls to 0", above=0)
-    eval_problems: str = opt("", "like gsm8k,mgsm_zh; none: of --problems", group="evaluation and log")
-    eval_limit: int = opt(200, "at most so many of them", least=1)
+    eval_problems: str = opt("", "held-out sets, gsm8k,mgsm_zh say; none: of --problems", group="evaluation and log")
+    eval_limit: int = opt(200, "use only this many problems of each held-out set", least=1)
     eval_samples: int = opt(8, "samples per problem, beside the greedy one", least=1)
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after", least=0)
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
@@ -91,7 +91,7 @@ def parse_config(argv):
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise InputError(f"--resume {run}: no run to go on with, for it has no run.json of ours ({error})")
         fixed = given.keys() - {"resume", "sample_tokens", "micro_tokens", "activation_checkpointing"}
-        for name in [name for name in fixed if given[name] != defaults[name]]:
+        for name in [name for name in sorted(fixed) if given[name] != defaults[name]]:
             raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
                              "leave it out, or start another run")
         given["out"] = run
@@ -179,10 +179,10 @@ def sample_and_score(run, problems, config):
     rows = [problem for problem in problems for _ in range(G)]   # question-major, as the texts are
     outcomes, examples, ends = score_texts(load_reward(config.reward), rows, texts), [], []
     for i, text in enumerate(texts):
-        prompt = prompt_ids[i // G][prompt_mask[i // G].bool()].tolist()
+        prompt = prompt_ids[i // G][prompt_mask[i // G]].tolist()
         ids = samples.completion_ids[i][samples.mask[i]].tolist()
         steps = step_rewards(text) if config.supervision == "process" else []
-        # PAPER: there a model judges steps; here the rule does, or labels. Ours: the answer is a step, the last one.
+        # PAPER: a model judges steps; here the rule does, or labels examples for one. The answer is the last step.
         ends.append([*step_ends(run.tokenizer, ids, text, [end for end, _ in steps]), len(ids) - 1])
         examples.append((prompt + ids, [len(prompt) + end for end in ends[i]], [r for _, r in steps] + [outcomes[i]]))
     rewards = score(run.reward_model, examples) if config.reward == "model" else [labels for _, _, labels in examples]
@@ -199,7 +199,7 @@ def sample_and_score(run, problems, config):
 def renew_reward_model(run, problems, config):
     """Fit the reward model to the newest completions of an iteration, and a ninth as many old ones (10% "replay")."""
     run.phase = "fit of the reward model"
-    if not run.replay:   # the first time, before step 1: it starts as the policy, and with completions of that
+    if not run.replay:   # before step 1: it starts with the policy's weights, and the policy writes its examples
         run.reward_model.load_state_dict(RewardModel(run.policy).state_dict())
         rule, n = dataclasses.replace(config, reward="", sample_from="policy"), min(len(problems), config.questions)
         while len(run.fresh) < config.reward_size:
@@ -212,7 +212,7 @@ def renew_reward_model(run, problems, config):
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch, cut into micro-batches, `cuts`; logp_ref: the reference's of each, or None.
-    Returns means: gap and entropy over the tokens of the first pass, kl and clip_share over those in the loss.
+    Returns means: gap (|logp - the sampler's|), entropy: of the first pass; kl, clip_share: over tokens in the loss.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
@@ -261,27 +261,27 @@ def warm_up(run, problems, config, autocast):
         prompts = pad(tokenizer, [build_prompt(tokenizer, p) for p in rows], "left", device)
         solutions = tokenizer([p.solution for p in rows], add_special_tokens=False).input_ids
         completion_ids, mask = pad(tokenizer, [ids + [tokenizer.eos_token_id] for ids in solutions], "right", device)
-        zeros = torch.zeros(mask.shape, device=device)   # as log-probs of the sampler make the gap the cross-entropy
-        batch = Batch(*prompts, completion_ids, mask.bool(), zeros, None, None, zeros + 1, None, None, 0.0)
+        zeros = torch.zeros(mask.shape, device=device)   # for the sampler's log-probs: so the gap is the mean -logp
+        batch = Batch(*prompts, completion_ids, mask, zeros, None, None, zeros + 1, None, None, 0.0)
         cuts = micro_batches(range(len(mask)), batch.prompt_mask, mask, config.micro_tokens)
         lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
         loss = update(run, batch, cuts, [None] * len(cuts), config, lr, autocast)["gap"]
         bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
     run.optimizer = optimizer
-# --- 5. The log -------------------------------------------------------------------------------------
+# --- 4. The log -------------------------------------------------------------------------------------
 COLUMNS = dict(step="d", reward=".3f", right=".3f", agree=".3f", zero_var=".2f", length=".1f", truncated=".2f",
                loss=".4f", kl=".4f", clip_share=".3f", entropy=".3f", gap=".0e", grad_norm=".3f", lr=".1e",
                tok_s=".0f", t_sample=".2f", t_reward=".2f", t_ref=".2f", t_update=".2f", mem_gb=".2f")
 
 def print_metrics(metrics, heading):
-    """One line of fixed columns, with or without a heading above."""
+    """One line of columns (README, "Read the log"), with or without a heading; a warning if most hit the limit."""
     names = [name for name in COLUMNS if name in metrics]
     cells = [format(metrics[name], COLUMNS[name]) for name in names]
     for line in [names, cells] if heading else [cells]:
         print(*(f"{cell:>{max(7, len(name))}}" for name, cell in zip(names, line)), flush=True)
     if metrics["truncated"] > 0.5:
         print(f"{metrics['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
-# --- 6. Checkpoints and signals ---------------------------------------------------------------------
+# --- 5. Checkpoints and signals ---------------------------------------------------------------------
 STOP = {"signal": 0, "at once": True}   # the signal that came; may it end the run at once, or only after the step?
 
 def on_signal(number, frame):
@@ -333,14 +333,14 @@ def load_checkpoint(run):
     log = run.out / "metrics.jsonl"   # a line for each step, from 0 on; those of later steps will be written again
     if log.exists():
         os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:run.step + 1])))
-# --- 7. Algorithm 1, and the run --------------------------------------------------------------------
+# --- 6. Algorithm 1, and the run --------------------------------------------------------------------
 def train(run, problems, held_out, config, autocast):
     """Iterations, and steps in them, as one loop, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
     # All random numbers start anew: each part of a run is the same, whether or not it was resumed before it.
     restart = lambda part: set_seed(zlib.crc32(f"{config.seed} {part}".encode()))
     def finish_step(row):
-        """Renew the sampler, the next pi_old, and before each iteration the reward model; evaluate, log, save."""
+        """End step row["step"] (0: the start): renew pi_old and, if due, the reward model; evaluate, log, save."""
         done = row["step"]
         sampler.load_state_dict(run.policy.state_dict())
         if config.reward == "model" and done < total and done % config.steps == 0:   # before each iteration
@@ -369,7 +369,7 @@ def train(run, problems, held_out, config, autocast):
             save_checkpoint(run)
     if run.step < 0:
         finish_step({"step": 0})
-    print("the loss stays near 0, since the advantages of a group add up to 0; its gradient is not 0")
+    print("by default the loss stays near 0, since the advantages of a group add up to 0; its gradient does not")
     # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
             for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
@@ -386,7 +386,7 @@ def train(run, problems, held_out, config, autocast):
         run.rows = [(questions[i // config.group_size].question, text) for i, text in enumerate(batch.texts)]
         demand_finite(run, batch.logp_sampler + batch.advantages, range(len(run.rows)))
         sampled = time.perf_counter()
-        # what pi_ref says of them; without a KL term rows of advantage 0 have no gradient and stay away (one if all)
+        # log-probs of pi_ref; without a KL term a row of advantage 0 has no gradient, and is left out (but not all)
         run.phase = f"reference pass of step {step + 1}"
         rows = [i for i, a in enumerate(batch.advantages.any(dim=1).tolist()) if a or config.kl_beta] or [0]
         cuts = micro_batches(rows, batch.prompt_mask, batch.mask, config.micro_tokens)
@@ -435,8 +435,8 @@ def main(argv):
     device, bf16 = pick_device(config.device)
     policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
-    data = zlib.crc32(repr((problems, worked, held_out, tokenizer.chat_template, len(tokenizer))).encode())
-    if config.resume and json.loads((out / "run.json").read_text()).get("data") != data:
+    checksum = zlib.crc32(repr((problems, worked, held_out, tokenizer.chat_template, len(tokenizer))).encode())
+    if config.resume and json.loads((out / "run.json").read_text()).get("data") != checksum:
         raise InputError(f"--resume {out}: its problems or its model have changed, so start another run")
     # The optimizer moves float32 weights. On a GPU the samples come from a bf16 copy, renewed at each step.
     sampler = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
@@ -455,7 +455,7 @@ def main(argv):
     else:
         out.mkdir(parents=True, exist_ok=bool(config.out))   # what is wrong with the input has been found out before
         (out / "run.json").write_text(json.dumps({
-            "command": ["train.py", *argv], "config": settings, "data": data, "versions": VERSIONS,
+            "command": ["train.py", *argv], "config": settings, "data": checksum, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     run.writer = SummaryWriter(out, purge_step=run.step + 1) if config.tensorboard else None
     print(f"{policy.num_parameters():,} parameters on {device}, sampling in {sampler.dtype}; "
@@ -482,13 +482,13 @@ def main(argv):
     scores, seconds = run.scores, time.time() - run.started
     (out / "summary.json").write_text(json.dumps(dict(**scores, seconds=seconds, seed=config.seed, config=settings)))
     measures = "sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"
-    for split, name in itertools.product(scores["before"], measures):
-        print(f"{split:<3} {name:<8}", " -> ".join("{:.3f} ({:.3f} - {:.3f})".format(
-            scores[when][split][name], *scores[when][split][f"{name}_interval"]) for when in ("before", "after")))
+    for split, key in itertools.product(scores["before"], measures):   # mean (95% interval), before -> after
+        print(f"{split:<3} {key:<8}", " -> ".join("{:.3f} ({:.3f} - {:.3f})".format(
+            scores[when][split][key], *scores[when][split][f"{key}_interval"]) for when in ("before", "after")))
     rewards = [json.loads(line)["reward"] for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
-    means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # at most 60, in order
+    means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # of at most 60 stretches of steps
     blocks = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - min(means)) / (max(means) - min(means) or 1))] for mean in means]
-    print(f"reward {''.join(blocks)}  from {min(means, default=0):.3f} to {max(means, default=0):.3f}")
+    print(f"reward {''.join(blocks)}  lowest {min(means, default=0):.3f}, highest {max(means, default=0):.3f}")
     flags = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in ("problems", "max_new_tokens", "lr"))
     print(f"{seconds:.0f} s. The model is in {out}; to evaluate it, to ask it something, to train it further:\n"
           f"  python eval.py --model {out}\n  python eval.py --model {out} --ask 7+5-4\n"

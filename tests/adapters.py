@@ -26,7 +26,8 @@ def completion_mask(completion_ids, eos_ids):
 def sample_token(logits, temperature, generator=None):
     """(n, V) -> (ids (n,), their log-probs (n,)), drawn from softmax(logits / temperature), in float32 at least.
 
-    Temperature 0 takes the likeliest token, with its log-prob at temperature 1. A token of probability 0 never comes.
+    Temperature 0 takes the likeliest token, with its log-prob at temperature 1. A token of probability 0 never comes, not
+    even at the ends of the range of torch.rand; logits that are nan give log-probs that are nan, and an id below V.
     """
     return grpo.sample_token(logits, temperature, generator)
 
@@ -45,18 +46,22 @@ def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eo
 def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None):
     """log pi(o_t | q, o_<t) at the temperature of the sampling, and the entropy there: both (N, T), 0 where mask is
     false, at least float32; only the first has a gradient. question (N,): the row of prompt_ids that each completion
-    answers (None: question-major). ValueError for a temperature that is not above 0.
+    answers (None: question-major). ValueError for a temperature that is not above 0. Each prompt goes through the model
+    once; tokens that count reach the head in chunks of HEAD_LOGITS / V, and if there are several, their logits are not kept
+    but computed again in the backward pass.
     """
     return grpo.token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question)
 
 
 def head_is_plain(model):
-    """Whether logits are the output embedding times the body's states, with no scale, cap or bias of the model's own."""
+    """Whether logits are the output embedding of the body's states and nothing else, no scale and no cap of the model's
+    own. The answer is remembered as model._head_is_plain.
+    """
     return grpo.head_is_plain(model)
 
 
 def cache_gap(model):
-    """The largest difference of log-probs as sampled, with a cache, and as scored, without: about 0, and a float."""
+    """The largest difference of log-probs as sampled, with a cache, and as scored, a prompt for each row: a float near 0."""
     return grpo.cache_gap(model)
 
 
@@ -74,14 +79,16 @@ def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, tempe
 
 def outcome_advantages(rewards, scale="std"):
     """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + 1e-4) of its own group, std with divisor G - 1; "none":
-    r - mean. Rewards of a group that differ by less than 1e-6 give exactly 0. ValueError for G < 2 or another scale.
+    r - mean. At least float32, whatever the rewards are. Rewards of a group that differ by less than 1e-6 give exactly 0.
+    ValueError unless rewards have two dimensions with G at least 2, and for another scale.
     """
     return grpo.outcome_advantages(rewards, scale)
 
 
 def process_advantages(rewards, ends, mask, group_size, scale="std"):
     """(N, K) rewards of steps and the tokens that end them (-1: no step) -> (N, T). Section 4.1.3: the rewards are
-    normalised over all steps of the group; a token gets the sum over the steps that end at it or behind it.
+    normalised as above over all steps of the group; a token gets the sum over the steps that end at it or behind it, and
+    0 where mask is false. Steps that are all alike, or a single one, give exactly 0. ValueError for another scale.
     """
     return grpo.process_advantages(rewards, ends, mask, group_size, scale)
 
@@ -103,7 +110,9 @@ def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, mask, **options):
     """-> (scalar, {"clip_share", "kl"}). Eq. 3 with its sign turned: the mean over rows of the mean over their tokens
-    of -(surrogate - kl_beta * KL). options: clip_low, clip_high, kl_beta, aggregate, max_completion_tokens, denominator.
+    of -(surrogate - kl_beta * KL). clip_share: the share of tokens with A > 0 and ratio > 1 + clip_high, or A < 0 and ratio
+    < 1 - clip_low; kl: the mean of KL over tokens, if there is a logp_ref. What is outside the mask changes nothing, inf
+    and nan neither. options: clip_low, clip_high, kl_beta, aggregate, max_completion_tokens, denominator.
     """
     return grpo.grpo_loss(logp, logp_old, logp_ref, advantages, mask, **options)
 

@@ -3,6 +3,7 @@
 import functools
 import inspect
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -81,6 +82,10 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.failed:
         source = inspect.getsource(item.function)
+        for name in re.findall(r"\b(\w+)\(", source):   # helpers of the same file may call them, too
+            helper = getattr(item.module, name, None)
+            if getattr(helper, "__module__", "") == item.module.__name__ and inspect.isfunction(helper):
+                source += inspect.getsource(helper)
         for name, function in inspect.getmembers(adapters, inspect.isfunction):
-            if f"{name}(" in source:
+            if re.search(rf"\b{name}\(", source):
                 report.sections.append((f"the contract of {name}", inspect.getdoc(function)))

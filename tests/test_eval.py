@@ -408,9 +408,9 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
 @pytest.mark.parametrize("config, flags, expected", [
     (None, "", ("1+1", MATH_REQUEST, 512)),
     (None, "--request Now. --max-new-tokens 9", ("1+1", "Now.", 9)),
-    (dict(problems="arithmetic", request=None, max_new_tokens=7), "", ("1+1", "", 7)),   # as in the run
-    (dict(problems="gsm8k", request="Go!", max_new_tokens=7), "--max-new-tokens 8", ("1+1", "Go!", 8)),
-    (dict(problems="gsm8k", request=None, max_new_tokens=7), "--problems cmath", ("1+1", REQUESTS["cmath"], 7)),
+    (dict(problems="arithmetic", eval_problems="", request=None, max_new_tokens=7), "", ("1+1", "", 7)),   # as in the run
+    (dict(problems="gsm8k", eval_problems="", request="Go!", max_new_tokens=7), "--max-new-tokens 8", ("1+1", "Go!", 8)),
+    (dict(problems="gsm8k", eval_problems="", request=None, max_new_tokens=7), "--problems cmath", ("1+1", REQUESTS["cmath"], 7)),
 ])
 def test_a_question_of_ones_own_is_asked_as_in_the_run(config, flags, expected, chat_folder, tmp_path, monkeypatch, capsys):
     run, asked = shutil.copytree(chat_folder, tmp_path / "run"), []
@@ -431,13 +431,17 @@ def test_a_question_of_ones_own_is_answered(chat_folder, tmp_path, monkeypatch, 
 
 def test_a_run_is_evaluated_as_it_was_trained(chat_folder, story_file, tmp_path, capsys):
     run = shutil.copytree(chat_folder, tmp_path / "run")
-    (run / "run.json").write_text(json.dumps({"config": dict(problems=str(story_file), request="Go!", max_new_tokens=6)}))
-    evaluation.main(f"--model {run} --limit 2 --samples 1 --out {tmp_path / 'out.json'} --device cpu".split())
-    arguments = json.loads((tmp_path / "out.json").read_text())["arguments"]
-    assert (arguments["problems"], arguments["request"], arguments["max_new_tokens"]) == (str(story_file), "Go!", 6)
+    for held_out, problems in (("", str(story_file)), ("arithmetic,gsm8k", "arithmetic")):   # rather what was held out
+        (run / "run.json").write_text(json.dumps({"config": dict(
+            problems=str(story_file), eval_problems=held_out, request="Go!", max_new_tokens=6)}))
+        out = tmp_path / f"{problems == 'arithmetic'}.json"
+        evaluation.main(f"--model {run} --limit 2 --samples 1 --out {out} --device cpu".split())
+        arguments = json.loads(out.read_text())["arguments"]
+        assert (arguments["problems"], arguments["request"], arguments["max_new_tokens"]) == (problems, "Go!", 6)
+        assert arguments["split"] == ("in" if problems == "arithmetic" else "test")
     for broken in ("{", "[]", "{}", '{"config": {"problems": "gsm8k"}}'):   # a run.json of somebody else's
         (run / "run.json").write_text(broken)
-        with pytest.raises(InputError, match="required: --problems"):
+        with pytest.raises(InputError, match="--problems or --ask is required"):
             evaluation.main(["--model", str(run)])
 
 
@@ -445,7 +449,7 @@ def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys
     model, tokenizer = load_model(str(chat_folder), CPU)
     problems = [Problem("pens " * n, "1", line=line) for line, n in ((1, 2), (2, 9000), (4, 3), (5, 9000))]
     assert fitting(model, tokenizer, problems, 100) == [problems[0], problems[2]]
-    assert "skipped 2 of 4 questions, longer than the 924 positions" in (printed := capsys.readouterr().out)
+    assert "skipped 2 of 4 questions, longer than the 924 tokens" in (printed := capsys.readouterr().out)
     assert "that --max-new-tokens 100 leaves of the model's, first in lines [2, 5]" in printed
     longest = len(build_prompt(tokenizer, problems[2]))
     assert len(fitting(model, tokenizer, problems, 1024 - longest)) == 2 and len(fitting(model, tokenizer, problems, 1025 - longest)) == 1

@@ -141,8 +141,8 @@ PROBLEMS = {
     "half.jsonl": "half.jsonl, line 2: want .*surrogates not allowed",
     "latin.jsonl": "latin.jsonl, line 2: want .*'utf-8' codec can't decode",
     "utf16.jsonl": "utf16.jsonl, line 1: want .*'utf-8' codec can't decode",
-    "long.jsonl": "no prompt fits into the 512 positions that --max-new-tokens 512 leaves of the model's: lower it",
-    "plain.jsonl --max-new-tokens 1024": "no prompt fits into the 0 positions",
+    "long.jsonl": "no prompt fits into the 512 tokens that --max-new-tokens 512 leaves of the model's context: lower it",
+    "plain.jsonl --max-new-tokens 1024": "no prompt fits into the 0 tokens",
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
 MODELS = {
@@ -166,14 +166,15 @@ MODELS = {
 }
 EVAL = {
     "--problems arithmetic": "the following arguments are required: --model; see eval.py --help",
-    "--model chat": "the following arguments are required: --problems",
+    "--model chat": "--problems or --ask is required: chat has no run.json",
+    "--comp a b": "the following arguments are required: --model",
     "--model chat --problems arithmetic --limit -1": "--limit, --samples must be at least 0",
     "--model chat --problems arithmetic --samples two": "invalid int value: 'two'",
     "--model chat --problems arithmetic --temperature 0": "--temperature above 0",
     "--model chat --problems arithmetic --out plain.jsonl": "--out plain.jsonl exists, and nothing is overwritten",
     "--model chat --problems arithmetic --split test": "no arithmetic test: take a file,",
     "--model chat --problems arithmetic --device mps": "no MPS",
-    "--model chat --problems plain.jsonl --max-new-tokens 1020": "no prompt fits into the 4 positions",
+    "--model chat --problems plain.jsonl --max-new-tokens 1020": "no prompt fits into the 4 tokens",
     "--model /nowhere --problems arithmetic": "no folder or hub name to load",
 }
 TABLE = ([(train.main, flags, message) for flags, message in FLAGS.items()]

@@ -109,8 +109,8 @@ def test_process_advantages_by_hand():
 def test_tokens_behind_the_last_step_get_nothing():
     mask = torch.ones(2, 5).bool()
     advantages = process_advantages(t([[1.0], [0.0]]), torch.tensor([[2], [0]]), mask, 2)
-    assert (advantages[0, :3] > 0).all() and advantages[0, 3:].tolist() == [0, 0]
-    assert advantages[1, 0] < 0 and advantages[1, 1:].tolist() == [0] * 4
+    up = 0.5 / (math.sqrt(0.5) + 1e-4)   # mean 1/2, variance 2 * 1/4 / 1
+    close(PROCESS, advantages, [[up, up, up, 0, 0], [-up, 0, 0, 0, 0]])
 
 
 def test_tokens_that_do_not_count_get_nothing_wherever_a_step_ends():
@@ -142,6 +142,11 @@ def test_process_advantages_by_the_definition():
         std = math.sqrt(sum((r - mean) ** 2 for *_, r in steps) / (len(steps) - 1)) + 1e-4
         for i in range(first, first + G):
             close(PROCESS, advantages[i], [sum((r - mean) / std for k, end, r in steps if k == i and end >= token) for token in range(T)])
+
+
+def test_process_advantages_refuse_another_scale():
+    with pytest.raises(ValueError):
+        process_advantages(t([[1.0], [0.0]]), torch.tensor([[2], [0]]), torch.ones(2, 5).bool(), 2, scale="batch")
 
 
 @pytest.mark.parametrize("rewards, ends", [
@@ -190,7 +195,7 @@ def test_kl_estimate_by_hand():
 def test_kl_estimate_is_never_negative_and_always_finite():
     difference = torch.linspace(-100, 100, 4001)
     kl = kl_estimate(torch.zeros_like(difference), difference)
-    assert torch.isfinite(kl).all() and (kl >= 0).all()
+    assert torch.isfinite(kl).all() and (kl >= 0).all(), f"{KL}, is finite and never negative; got {kl.min()} to {kl.max()}"
 
 
 def test_kl_estimate_averages_to_the_true_kl():
@@ -250,8 +255,9 @@ def test_loss_by_hand():
     first, second = (3.2 - 0.1 * kl) / 3, -0.8
     loss, diagnostics = grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0.1)
     close(LOSS, loss, -(first + second) / 2)
-    close(LOSS, diagnostics["kl"], kl / 4)          # 4 tokens count
-    assert diagnostics["clip_share"] == 2 / 4   # the 1.5 of A > 0 and the 0.5 of A < 0
+    close(KL, diagnostics["kl"], kl / 4)            # 4 tokens count
+    close(KL, grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0)[1]["kl"], kl / 4)   # to be looked at
+    assert diagnostics["clip_share"] == 2 / 4, "clip_share: the 1.5 of A > 0 and the 0.5 of A < 0, of 4 tokens"
 
 
 def test_the_three_aggregates_by_hand():
@@ -379,7 +385,7 @@ def test_diagnostics_are_means_over_the_tokens_that_count():
     mask, far = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), math.log(2)
     logp = t([[0.0, far, 5.0], [far, float("nan"), float("inf")]])
     _, diagnostics = grpo_loss(logp, torch.zeros_like(logp), t([[0.0, 0.0, 9.0], [0.0, float("nan"), 0.0]]), t([1.0, -1.0]), mask)
-    close(LOSS, diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
-    close(LOSS, diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
+    close("clip_share, the share of tokens whose gradient the clip took away", diagnostics["clip_share"].double(), 1 / 3, tolerance=1e-6)   # too far up and A > 0; for A < 0 it may come back
+    close(KL, diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
     _, diagnostics = grpo_loss(logp, logp, logp, t([1.0, 1.0]), torch.zeros(2, 3).bool())
     assert diagnostics["clip_share"] == diagnostics["kl"] == 0

@@ -1,6 +1,7 @@
 """What the README says can be typed is there: its commands, files, links, line counts. And the card of the project."""
 
 import ast
+import dataclasses
 import json
 import re
 import shlex
@@ -33,14 +34,15 @@ def understood(program, words, folder, monkeypatch):
     """Parse the options of train.py or eval.py, as the program does, and stop there."""
     def stop(*_, **__):
         raise Reached
-    for run, problems in (("arithmetic-0", "arithmetic"), ("gsm8k-0", "gsm8k")):   # runs that the README goes on with
-        (folder / "runs" / run).mkdir(parents=True, exist_ok=True)
-        config = train.dataclasses.asdict(train.Config(problems=problems))
-        (folder / "runs" / run / "run.json").write_text(json.dumps({"config": config}))
+    for flag, run in zip(words, words[1:]):   # the runs that it goes on with
+        if flag == "--resume" or flag == "--model" and run.startswith("runs/"):
+            (folder / run).mkdir(parents=True)
+            config = dataclasses.asdict(train.Config(problems=run[5:].partition("-")[0]))
+            (folder / run / "run.json").write_text(json.dumps({"config": config}))
     monkeypatch.chdir(folder)
     for module, name in ((train, "load_reward"), (evaluation, "load_problems"), (evaluation, "pick_device"), (evaluation, "compare")):
         monkeypatch.setattr(module, name, stop)
-    with pytest.raises(Reached):
+    with pytest.raises(SystemExit if "--help" in words else Reached):
         (train if program == "train.py" else evaluation).main(words)
 
 

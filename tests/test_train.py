@@ -400,7 +400,7 @@ def test_the_end_of_a_run_sums_it_up(tmp_path, monkeypatch, capsys):
         before, after = ("{:.3f} ({:.3f} - {:.3f})".format(summary[when][split][name], *summary[when][split][f"{name}_interval"])
                          for when in ("before", "after"))
         assert line == f"{split:<3} {name:<8} {before} -> {after}"
-    assert reward == "reward ▁▃█▁  from 0.250 to 1.000" and f"s. The model is in {tmp_path / 'run'}; to evaluate it" in told
+    assert reward == "reward ▁▃█▁  lowest 0.250, highest 1.000" and f"s. The model is in {tmp_path / 'run'}; to evaluate it" in told
     config = parse_config(further.split()[2:])
     assert (config.model, config.problems, config.max_new_tokens, config.lr) == (str(tmp_path / "run"), "arithmetic", 40, 3e-4)
     evaluation.main(ask.split()[2:])
