@@ -450,6 +450,6 @@ def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys
     problems = [Problem("pens " * n, "1", line=line) for line, n in ((1, 2), (2, 9000), (4, 3), (5, 9000))]
     assert fitting(model, tokenizer, problems, 100) == [problems[0], problems[2]]
     assert "skipped 2 of 4 questions, longer than the 924 tokens" in (printed := capsys.readouterr().out)
-    assert "that --max-new-tokens 100 leaves of the model's, first in lines [2, 5]" in printed
+    assert "that --max-new-tokens 100 leaves of the model's context, first in lines [2, 5]" in printed
     longest = len(build_prompt(tokenizer, problems[2]))
     assert len(fitting(model, tokenizer, problems, 1024 - longest)) == 2 and len(fitting(model, tokenizer, problems, 1025 - longest)) == 1

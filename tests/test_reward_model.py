@@ -79,7 +79,7 @@ def scripted(monkeypatch, config, texts=TEXTS, reward_model=None):
     problems = [Problem("7+5-4", "8")] * (len(texts) // config.group_size)
     prompt_ids = torch.tensor([[0, 0, *prompt]] * len(problems))
     monkeypatch.setattr(train, "sample_problems", lambda *_: (
-        prompt_ids, (prompt_ids > 0).long(), Samples(ids, mask, torch.zeros(ids.shape), ~mask[:, -1]), texts))
+        prompt_ids, prompt_ids > 0, Samples(ids, mask, torch.zeros(ids.shape), ~mask[:, -1]), texts))
     run = SimpleNamespace(sampler=policy, reference=policy, tokenizer=tokenizer, reward_model=reward_model)
     return sample_and_score(run, problems, config), [[tokenizer.decode(i) for i in row] for row in rows]
 
