@@ -322,7 +322,7 @@ def run_cli(main):
     try:
         main(sys.argv[1:])
     except (InputError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}" + (f"; pip install {error.name}" if isinstance(error, ImportError) else ""))
+        sys.exit(f"error: {error}" + ("; pip install " + error.name if isinstance(error, ModuleNotFoundError) else ""))
     except KeyboardInterrupt:
         sys.exit(130)
 
