@@ -321,8 +321,8 @@ def run_cli(main):
     sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
     try:
         main(sys.argv[1:])
-    except (InputError, ImportError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}" + ("; pip install " + error.name if isinstance(error, ModuleNotFoundError) else ""))
+    except (InputError, ModuleNotFoundError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
+        sys.exit(f"error: {error}" + (f"; pip install {error.name}" if hasattr(error, "name") else ""))
     except KeyboardInterrupt:
         sys.exit(130)
 
