@@ -28,7 +28,7 @@ class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
     problems: str = opt("gsm8k", "arithmetic, gsm8k, math, or a JSON-lines file")
     reward: str = opt("", "FILE.py:FUNCTION; none: accuracy_rewards of reward.py; model: a network that imitates it")
-    request: str = opt(None, "what follows each question; none: as usual for the problems")
+    request: str = opt(None, "what follows each question (\"\": nothing); none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to go on with; only sample-tokens, micro-tokens, activation-checkpointing may change")
     save_every: int = opt(25, "steps between checkpoints, of which two are kept; 0: only if stopped", least=0)
@@ -352,8 +352,8 @@ def train(run, problems, held_out, config, autocast):
                 sampler, run.tokenizer, rows, config.max_new_tokens, config.eval_samples, config.temperature,
                 config.seed, config.sample_tokens)[0] for split, rows in held_out.items()}
             run.scores = {"before": row["eval"], **run.scores, "after": row["eval"]}   # "before" stays the first one
-            for split, scores in row["eval"].items():
-                print(f"held out, {split}: greedy {scores['greedy']:.3f}, sampled {scores['sampled']:.3f}")
+            for split, s in row["eval"].items():
+                print(f"held out, {split} ({s['n']}): greedy {s['greedy']:.3f}, sampled {s['sampled']:.3f}")
         if run.writer:
             curves = row | {f"{s}/{k}": x for s, scores in row.get("eval", {}).items() for k, x in scores.items()}
             for name, value in curves.items():
@@ -449,13 +449,13 @@ def main(argv):
     run = SimpleNamespace(
         **models, models=models, sampler=sampler, optimizer=optimizer, tokenizer=tokenizer, out=out, started=started,
         step=-1, scores={}, phase="", rows=[], fresh=[], replay=[])
-    settings = dataclasses.asdict(config) | {"out": str(out)}
+    chosen = dataclasses.asdict(config) | {"out": str(out)}
     if config.resume:
         load_checkpoint(run)
     else:
         out.mkdir(parents=True, exist_ok=bool(config.out))   # what is wrong with the input has been found out before
         (out / "run.json").write_text(json.dumps({
-            "command": ["train.py", *argv], "config": settings, "data": checksum, "versions": VERSIONS,
+            "command": ["train.py", *argv], "config": chosen, "data": checksum, "versions": VERSIONS,
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     run.writer = SummaryWriter(out, purge_step=run.step + 1) if config.tensorboard else None
     print(f"{policy.num_parameters():,} parameters on {device}, sampling in {sampler.dtype}; "
@@ -480,7 +480,7 @@ def main(argv):
                              "or in a new run --group-size, or give --activation-checkpointing") from None
         raise
     scores, seconds = run.scores, time.time() - run.started
-    (out / "summary.json").write_text(json.dumps(dict(**scores, seconds=seconds, seed=config.seed, config=settings)))
+    (out / "summary.json").write_text(json.dumps(dict(**scores, seconds=seconds, seed=config.seed, config=chosen)))
     measures = "sampled", "greedy", f"maj@{config.eval_samples}", f"pass@{config.eval_samples}"
     for split, key in itertools.product(scores["before"], measures):   # mean (95% interval), before -> after
         print(f"{split:<3} {key:<8}", " -> ".join("{:.3f} ({:.3f} - {:.3f})".format(
@@ -489,10 +489,10 @@ def main(argv):
     means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # of at most 60 stretches of steps
     blocks = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - min(means)) / (max(means) - min(means) or 1))] for mean in means]
     print(f"reward {''.join(blocks)}  lowest {min(means, default=0):.3f}, highest {max(means, default=0):.3f}")
-    flags = " ".join(f"--{key.replace('_', '-')} {settings[key]}" for key in ("problems", "max_new_tokens", "lr"))
+    flags = [f"--{k} {chosen[k]!r}" for k in ("problems", "lr", "request", "reward") if chosen[k] != vars(Config)[k]]
     print(f"{seconds:.0f} s. The model is in {out}; to evaluate it, to ask it something, to train it further:\n"
           f"  python eval.py --model {out}\n  python eval.py --model {out} --ask 7+5-4\n"
-          f"  python train.py --model {out} {flags}")
+          f"  python train.py --model {out} --max-new-tokens {config.max_new_tokens} {' '.join(flags)}")
 
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):

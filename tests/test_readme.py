@@ -105,11 +105,10 @@ def test_every_test_that_is_named_exists():
 
 
 def test_the_card_is_kept():
-    """Line counts as in the README's table, within the limits; five packages; nothing else at the top."""
+    """Line counts as in the README's table, within the limits; five packages; a picture that is not too large."""
     lines = {name: len((ROOT / name).read_text(encoding="utf-8").splitlines()) for name in make_assignment.SCRIPTS}
     for name, limit in (("grpo.py", 400), ("reward.py", 400), ("eval.py", 380), ("train.py", 500)):
         assert lines[name] <= limit and f"[{name}]({name}) | {lines[name]} |" in README
     packages = {re.match(r"\w+", line)[0] for line in (ROOT / "requirements.txt").read_text().splitlines() if line.strip()}
     assert packages == {"torch", "transformers", "tqdm", "numpy", "pytest"}
-    assert {path.name for path in ROOT.glob("*.*") if path.suffix in (".py", ".toml", ".cfg", ".yaml", ".json")} == set(lines)
     assert (ROOT / ".github" / "learning.png").stat().st_size <= 150_000

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -393,7 +394,8 @@ def test_the_end_of_a_run_sums_it_up(tmp_path, monkeypatch, capsys):
     """Rewards of 0.25, 0.5, 1 and 0.25 in the four steps; the commands printed are ones that work."""
     steps = iter([0.25, 0.5, 1.0, 0.25])
     monkeypatch.setattr(train, "load_reward", lambda name: lambda prompts, completions, answer: [next(steps)] * len(completions))
-    train.main([*SHORT, "--sft-steps", "0", "--steps", "4", "--device", "cpu", "--out", str(tmp_path / "run")])
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "4", "--device", "cpu", "--request", "Go on.", "--reward",
+                "own.py:rewards", "--out", str(tmp_path / "run")])
     *table, reward, told, evaluate, ask, further = capsys.readouterr().out.splitlines()[-13:]
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     for line, (split, name) in zip(table, itertools.product(("in", "out"), ("sampled", "greedy", "maj@2", "pass@2"))):
@@ -401,8 +403,9 @@ def test_the_end_of_a_run_sums_it_up(tmp_path, monkeypatch, capsys):
                          for when in ("before", "after"))
         assert line == f"{split:<3} {name:<8} {before} -> {after}"
     assert reward == "reward ▁▃█▁  lowest 0.250, highest 1.000" and f"s. The model is in {tmp_path / 'run'}; to evaluate it" in told
-    config = parse_config(further.split()[2:])
+    config = parse_config(shlex.split(further)[2:])
     assert (config.model, config.problems, config.max_new_tokens, config.lr) == (str(tmp_path / "run"), "arithmetic", 40, 3e-4)
+    assert (config.request, config.reward) == ("Go on.", "own.py:rewards")
     evaluation.main(ask.split()[2:])
     assert evaluate.split() == ["python", "eval.py", "--model", str(tmp_path / "run")] and ask.split()[-1] == "7+5-4"
 
