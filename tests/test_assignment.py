@@ -30,6 +30,7 @@ def test_signature_and_docstring_stay_and_the_body_goes(names):
     assert SOURCE.count("# ---") == blank(SOURCE, names).count("# ---")
 
 
+@pytest.mark.slow
 def test_exactly_the_tests_of_a_blank_function_fail(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(make_assignment, "FILES", ["test_objective.py"])
     make_assignment.main([str(tmp_path / "course"), "--functions", "kl_estimate,process_advantages"])

@@ -338,6 +338,7 @@ eval.run_cli(train.main)
 """
 
 
+@pytest.mark.slow
 def test_the_second_ctrl_c_ends_the_process_at_once(folder):
     Path("slow.py").write_text(SLOW_UPDATE)
     process = subprocess.Popen([sys.executable, "-u", "slow.py", *FLAGS, "--sft-steps", "0", "--out", "run", str(ROOT)], stdout=subprocess.PIPE,

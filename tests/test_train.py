@@ -536,9 +536,9 @@ def test_a_hostile_generation_config_does_not_stop_a_run(tmp_path, story_file):
 
 @pytest.fixture(scope="module")
 def learning_run(tmp_path_factory):
-    """The default run, shortened: 40 of 60 steps, smaller evaluations."""
+    """The default run, shortened: 32 of 60 steps, smaller evaluations."""
     out = tmp_path_factory.mktemp("learning") / "run"
-    train.main(["--out", str(out), "--steps", "40", "--eval-every", "0", "--eval-limit", "60", "--show-every", "0"])
+    train.main(["--out", str(out), "--steps", "32", "--eval-every", "0", "--eval-limit", "60", "--show-every", "0"])
     return out
 
 
