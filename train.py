@@ -355,7 +355,7 @@ def train(run, problems, held_out, config, autocast):
             for split, s in row["eval"].items():
                 print(f"held out, {split} ({s['n']}): greedy {s['greedy']:.3f}, sampled {s['sampled']:.3f}")
         if run.writer:
-            curves = row | {f"{s}/{k}": x for s, scores in row.get("eval", {}).items() for k, x in scores.items()}
+            curves = row | {f"{split}/{k}": x for split, s in row.get("eval", {}).items() for k, x in s.items()}
             for name, value in curves.items():
                 if isinstance(value, float):
                     run.writer.add_scalar(name, value, done)
@@ -487,7 +487,7 @@ def main(argv):
             scores[when][split][key], *scores[when][split][f"{key}_interval"]) for when in ("before", "after")))
     rewards = [json.loads(line)["reward"] for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # of at most 60 stretches of steps
-    blocks = ["▁▂▃▄▅▆▇█"[int(7.99 * (mean - min(means)) / (max(means) - min(means) or 1))] for mean in means]
+    blocks = [chr(0x2581 + int(7.99 * (x - min(means)) / (max(means) - min(means) or 1))) for x in means]   # 8 heights
     print(f"reward {''.join(blocks)}  lowest {min(means, default=0):.3f}, highest {max(means, default=0):.3f}")
     flags = [f"--{k} {chosen[k]!r}" for k in ("problems", "lr", "request", "reward") if chosen[k] != vars(Config)[k]]
     print(f"{seconds:.0f} s. The model is in {out}; to evaluate it, to ask it something, to train it further:\n"

@@ -26,6 +26,7 @@ def completion_mask(completion_ids, eos_ids):
 def sample_token(logits, temperature, generator=None):
     """(n, V) -> (ids (n,), their log-probs (n,)), drawn from softmax(logits / temperature), in float32 at least.
 
+    The token is the first one at which the sum of probabilities so far reaches (1 - torch.rand(n, 1)) of the whole sum.
     Temperature 0 takes the likeliest token, with its log-prob at temperature 1. A token of probability 0 never comes, not
     even at the ends of the range of torch.rand; logits that are nan give log-probs that are nan, and an id below V.
     """
@@ -47,7 +48,7 @@ def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, tempera
     """log pi(o_t | q, o_<t) at the temperature of the sampling, and the entropy there: both (N, T), 0 where mask is
     false, at least float32; only the first has a gradient. question (N,): the row of prompt_ids that each completion
     answers (None: question-major). ValueError for a temperature that is not above 0. Each prompt goes through the model
-    once; tokens that count reach the head in chunks of HEAD_LOGITS / V, and if there are several, their logits are not kept
+    once, all T tokens of a completion behind it; tokens that count reach the head in chunks of HEAD_LOGITS / V, and if there are several, their logits are not kept
     but computed again in the backward pass.
     """
     return grpo.token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question)

@@ -78,7 +78,7 @@ MUTANTS = [   # (what is wrong, module, the line or a part of it, with the mista
     ("a second BOS", "eval", "if wanted else ids", "if False else ids", "test_eval.py -k exactly_one_bos"),
     ("the end of a turn is no EOS", "eval", "return ids - {None}", "return {tokenizer.eos_token_id}", "test_eval.py -k end_of_turn"),
 ]
-CAUGHT = {}   # what is wrong -> the tests that failed
+CAUGHT = {}   # number -> (what is wrong, the tests that failed)
 
 
 class Failures:
@@ -117,7 +117,7 @@ def mutate(module, old, new, folder):
 
 
 @pytest.mark.parametrize("number, mutant", list(enumerate(MUTANTS, start=1)), ids=[mutant[0] for mutant in MUTANTS])
-def test_every_mutant_fails_a_test(number, mutant, tmp_path, capsys):
+def test_every_mutant_fails_a_test(number, mutant, tmp_path):
     what, module, old, new, where = mutant
     exchange = mutate(module, old, new, tmp_path)
     try:
