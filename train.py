@@ -487,7 +487,7 @@ def main(argv):
             scores[when][split][key], *scores[when][split][f"{key}_interval"]) for when in ("before", "after")))
     rewards = [json.loads(line)["reward"] for line in (out / "metrics.jsonl").read_text().splitlines()[1:]]
     means = [part.mean() for part in numpy.array_split(rewards, 60) if len(part)]   # of at most 60 stretches of steps
-    blocks = [chr(0x2581 + int(7.99 * (x - min(means)) / (max(means) - min(means) or 1))) for x in means]   # 8 heights
+    blocks = [chr(0x2581 + int(7.99 * (x - min(means)) / (max(means) - min(means) or 1))) for x in means]   # 8 sizes
     print(f"reward {''.join(blocks)}  lowest {min(means, default=0):.3f}, highest {max(means, default=0):.3f}")
     flags = [f"--{k} {chosen[k]!r}" for k in ("problems", "lr", "request", "reward") if chosen[k] != vars(Config)[k]]
     print(f"{seconds:.0f} s. The model is in {out}; to evaluate it, to ask it something, to train it further:\n"
