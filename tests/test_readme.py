@@ -72,17 +72,14 @@ def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatc
             assert (ROOT / word).exists(), word
 
 
-def test_every_option_that_is_named_exists():
-    """In the sentences, too."""
+def test_there_are_commands_and_every_option_exists():
+    """Options that stand in sentences, too."""
+    assert len(COMMANDS) > 20 and any("--resume" in command for command in COMMANDS)
     ours = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(train.Config)} | {"--help"}
     for path in ("eval.py", "tests/bench.py", "tests/make_assignment.py"):
         ours |= set(re.findall(r'add(?:_argument)?\("(--[a-z-]+)"', (ROOT / path).read_text(encoding="utf-8")))
     others = {"--index-url", "--num_processes", "--use_deepspeed", "--zero_stage", "--nproc_per_node"}   # of pip, accelerate, torchrun
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z_-]+", README)) <= ours | others
-
-
-def test_there_are_commands():
-    assert len(COMMANDS) > 20 and any("--resume" in command for command in COMMANDS)
 
 
 def test_code_blocks_are_python_and_rewards_are_defined():
