@@ -25,13 +25,12 @@ class Problem(NamedTuple):
     request: str = ""    # what follows the question in the prompt
     line: int = 0        # in its file
 
-LARGEST_TOTAL = 12       # the true running totals of the built-in problems stay within 0 ... 12
-ARITHMETIC_SPLITS = {    # terms of a problem, how many problems, held out?
-    "sft": ((2, 3, 3, 4, 4, 5, 5, 6), 30_000, False),   # the corpus of the warm-up
-    "train": ((4, 5), 10_000, False),   # reinforcement learning
-    "in": ((4, 5), 1_000, True),        # in domain: held out, as long as in training
-    "out": ((6,), 1_000, True),         # out of domain: a length that is in the corpus, never in RL
-}
+is_arithmetic = re.compile("arithmetic(-([4-9]|[12][0-9])-(1[2-9]|[2-9][0-9]))?").fullmatch   # a built-in name?
+ARITHMETIC_SPLITS = {    # how many problems, held out?, terms of a problem if the longest have n
+    "sft": (30_000, False, lambda n: sorted([*range(2, n), *range(3, n + 1)])),   # the corpus of the warm-up
+    "train": (10_000, False, lambda n: [n - 2, n - 1]),   # reinforcement learning
+    "in": (1_000, True, lambda n: [n - 2, n - 1]),        # in domain: held out, as long as in training
+    "out": (1_000, True, lambda n: [n])}                  # out of domain: a length in the corpus, never in RL
 GITHUB, LFS = "https://raw.githubusercontent.com/", "https://media.githubusercontent.com/media/"
 GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
 MATH = LFS + "openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/"
@@ -43,18 +42,20 @@ DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chi
     "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
     "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-REQUESTS = {"arithmetic": "", **dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")}
+REQUESTS = dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")
 
-def arithmetic(split):
+def arithmetic(name, split):
     """The built-in problems: chains like "7+5-4+3", always the same. Where two or more terms are left, a line of the
     solution takes one ("7+5=12") four times in ten, and is right, else two ("7+5-4=9"), and is off by up to 3.
     """
-    terms, count, held_out = ARITHMETIC_SPLITS[split]
-    rng, problems = random.Random(f"arithmetic {split}"), []
+    longest, largest = map(int, f"{name}-6-12".split("-")[1:3])   # terms; true running totals of 0 ... largest
+    count, held_out, terms = ARITHMETIC_SPLITS[split]
+    rng, problems, most = random.Random(f"arithmetic {split}"), [], largest * 3 // 4
     while len(problems) < count:
-        numbers = [rng.randint(1, 9)]   # such as 7, +5, -4, +3
-        for _ in range(rng.choice(terms) - 1):
-            numbers.append(rng.choice([d for d in range(-9, 10) if d and 0 <= sum(numbers) + d <= LARGEST_TOTAL]))
+        numbers = [rng.randint(1, most)]   # such as 7, +5, -4, +3
+        for _ in range(rng.choice(terms(longest)) - 1):
+            low, high = max(-most, -sum(numbers)), min(most, largest - sum(numbers))
+            numbers.append(rng.choice([d for d in range(low, high + 1) if d]))
         question = str(numbers[0]) + "".join(f"{d:+d}" for d in numbers[1:])
         # A fifth of all questions, by a hash of their text, is held out from training in every split.
         if (hashlib.sha256(question.encode()).digest()[0] % 5 == 0) != held_out:
@@ -63,7 +64,7 @@ def arithmetic(split):
         while rest:
             take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
             line, total = str(total) + "".join(f"{d:+d}" for d in rest[:take]), total + sum(rest[:take])
-            total = total if take == 1 else min(max(total + rng.randint(-3, 3), 0), LARGEST_TOTAL)
+            total = total if take == 1 else min(max(total + rng.randint(-3, 3), 0), largest)
             solution, rest = f"{solution}{line}={total}\n", rest[take:]
         problems.append(Problem(question, str(sum(numbers)), f"{solution}\\boxed{{{total}}}"))
     return problems
@@ -108,18 +109,21 @@ def read_problems(path):
         print(f"{path}: no reward for {len(lines)} of {len(problems)} questions, lines {lines[:9]}: answer unusable")
     return problems
 
-def load_problems(name, split, request=None):
-    """The problems of a split of a known set, or all of a file; request: None for the usual one. Or InputError."""
-    if (key := f"{name} {split}".replace("math500", "math")) in DOWNLOADS:   # math500 is the test set of math
+def load_problems(name, split, request=None, ask=""):
+    """The problems of a known set, or of a file, or `ask`, one; request: None for the usual one. Or InputError."""
+    if ask:
+        problems = [Problem(ask, "")]
+    elif (key := f"{name} {split}".replace("math500", "math")) in DOWNLOADS:   # math500 is the test set of math
         problems = read_problems(fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.jsonl"))
-    elif name == "arithmetic" and split in ARITHMETIC_SPLITS:
-        problems = arithmetic(split)
+    elif is_arithmetic(name) and split in ARITHMETIC_SPLITS:
+        problems = arithmetic(name, split)
     elif Path(name).is_file():
         problems = read_problems(name)
     else:
-        raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, arithmetic in, out, sft or train")
-    request = REQUESTS.get(name, MATH_REQUEST) if request is None else request
-    return [problem._replace(request=request) for problem in problems]
+        raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, or in, out, sft, train of "
+                         "arithmetic or arithmetic-LONGEST-LARGEST, 4 to 29 terms and totals of 12 to 99")
+    usual = "" if is_arithmetic(name) else REQUESTS.get(name, MATH_REQUEST)
+    return [problem._replace(request=usual if request is None else request) for problem in problems]
 # --- 2. Models and prompts --------------------------------------------------------------------------
 def pick_device(name):
     """(torch.device, whether to use bf16 on it) for "auto", "cpu" or "cuda". Raises InputError."""
@@ -136,8 +140,7 @@ def load_model(name, device):
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
-            rates = [key for key, value in vars(part).items() if isinstance(value, float)]
-            vars(part).update({key: 0.0 for key in rates if "drop" in key or "jitter" in key})
+            vars(part).update({k: 0.0 for k, v in vars(part).items() if type(v) is float and re.search("drop|jitter", k)})
         # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
@@ -250,10 +253,7 @@ def maj_at_k(answers, gold, k):
     return fmean(is_equivalent(winner, gold) for winner in winners)
 
 def compare(paths):
-    """Two files that this script wrote about the same problems: a line of text for each measure. Or InputError.
-    p is McNemar's exact test, where a question is right or wrong: if only chance is at work, one that changed got
-    better or worse with equal odds, and p is the chance of a split at least as uneven.
-    """
+    """Two files that this script wrote about the same problems: a line of text for each measure. Or InputError."""
     try:
         files = [json.loads(Path(path).read_text()) for path in paths]
         questions, (before, after) = [file["questions"] for file in files], [file["measures"] for file in files]
@@ -266,6 +266,7 @@ def compare(paths):
         change = [b - a for a, b in zip(before[name], after[name])]
         n, mean, up, down = len(change), fmean(change), sum(c > 0 for c in change), sum(c < 0 for c in change)
         half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, n - 1))
+        # McNemar's exact test, for right or wrong: how likely so uneven a split is if each change is a coin's toss.
         p = min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
         lines.append(f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}, 95% interval "
                      f"{mean - half:+.3f} to {mean + half:+.3f}")
@@ -275,7 +276,7 @@ def compare(paths):
 
 def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
              sample_tokens=SAMPLE_TOKENS):
-    """Accuracy, greedy and of K = `samples` samples each, with the same random numbers before and after training.
+    """Accuracy of a greedy completion and K = `samples` samples a problem, from the same random numbers each time.
     Returns scores: n; greedy, sampled (mean of K), maj@k and pass@k (k = 1, 2, 4 ... K), with their intervals; shares
     of flexible (last number right), truncated, unparsable. Records: a dict a completion. Measures: one a question.
     """
@@ -330,7 +331,7 @@ def main(argv):
     parser = Parser(prog="eval.py", description="Measure how well a model solves problems.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
-    add("--problems", help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a file (default: a run's own)")
+    add("--problems", default="", help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a file (else the run's)")
     add("--split", help="arithmetic: in, out, train, sft; others: test, train (default: first); file: all, even seen")
     add("--limit", type=int, default=0, help="take only the first LIMIT problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
@@ -354,12 +355,11 @@ def main(argv):
         parser.error(f"--problems or --ask is required: {args.model} has no run.json of train.py to take them from")
     if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
         raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
-    out = Path(args.out or f"runs/eval-{Path(args.problems or '').stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
+    out = Path(args.out or f"runs/eval-{Path(args.problems).stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
-    args.split = args.split or ("in" if args.problems == "arithmetic" else "test")
-    request = REQUESTS.get(args.problems, MATH_REQUEST) if args.request is None else args.request
-    todo = [Problem(args.ask, "", request=request)] if args.ask else load_problems(args.problems, args.split, request)
+    args.split = args.split or ("in" if is_arithmetic(args.problems) else "test")
+    todo = load_problems(args.problems, args.split, args.request, args.ask)
     device, bf16 = pick_device(args.device)
     model, tokenizer = load_model(args.model, device)
     problems = fitting(model, tokenizer, todo[:args.limit or None], args.max_new_tokens)

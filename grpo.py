@@ -99,7 +99,7 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def batch_select_indices(self, indices):
-        moved = (indices != torch.arange(len(indices))).nonzero().squeeze(1)
+        moved = (indices != torch.arange(len(indices), device=indices.device)).nonzero().squeeze(1)
         for x in (self.keys, self.values):
             x[moved] = x[indices[moved]]   # refilled from rows behind the new end
         self.reserved = [x[:len(indices)] for x in self.reserved]

@@ -13,8 +13,8 @@ import numpy, safetensors.torch, torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
-from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, load_model, load_problems,
-                  pad, pick_device, run_cli, sample_problems, save_model)
+from eval import (SAMPLE_TOKENS, VERSIONS, Parser, build_prompt, evaluate, fitting, is_arithmetic, load_model,
+                  load_problems, pad, pick_device, run_cli, sample_problems, save_model)
 from grpo import (bf16_weights, grpo_loss, loss_denominator, micro_batches, outcome_advantages, process_advantages,
                   score_rows)
 from reward import InputError, RewardModel, fit, load_reward, score, score_texts, step_rewards
@@ -26,7 +26,8 @@ def opt(default, help, least=None, above=None, choices="", group=None):
 @dataclasses.dataclass
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
-    problems: str = opt("gsm8k", "arithmetic, gsm8k, math, or a JSON-lines file")
+    size: int = opt(1, "N: the model made without --model is 64 N wide, with N + 2 layers", least=1)
+    problems: str = opt("gsm8k", "gsm8k, math, a JSON-lines file, arithmetic, or harder as arithmetic-TERMS-TOTAL")
     reward: str = opt("", "FILE.py:FUNCTION; none: accuracy_rewards of reward.py; model: a network that imitates it")
     request: str = opt(None, "what follows each question (\"\": nothing); none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
@@ -68,9 +69,8 @@ class Config:
     show_every: int = opt(10, "steps between transcripts; 0: none", least=0)
     tensorboard: bool = opt(False, "write the log for TensorBoard as well, into the run's folder")
 
-# What differs when no --model is given. The tiny model wants a larger learning rate than a real one.
-BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1,
-               sft_steps=1000, sft_lr=4e-3, reward_lr=1e-3, eval_every=20, show_every=20)
+BUILTIN = dict(problems="arithmetic", questions=16, max_new_tokens=40, steps=60, lr=3e-4, lr_end=0.1, sft_steps=1000,
+               sft_lr=4e-3, reward_lr=1e-3, eval_every=20, show_every=20)   # small models want large learning rates
 
 def parse_config(argv):
     """Config of a command line: what is given, else that of the resumed run, BUILTIN, the default. Or InputError."""
@@ -95,8 +95,10 @@ def parse_config(argv):
             raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
                              "leave it out, or start another run")
         given["out"] = run
-    elif not given.get("model") and given.get("problems", "arithmetic") != "arithmetic":
+    elif not given.get("model") and not is_arithmetic(given.get("problems", "arithmetic")):
         raise InputError(f"the built-in model knows only arithmetic: --problems {given['problems']} needs a --model")
+    elif given.get("model") and "size" in given:
+        raise InputError("--size is that of the model made without --model: leave out one of them")
     config = Config(**{**defaults, **given})
     if (config.supervision, config.advantage) == ("process", "indicator"):
         raise InputError("--advantage indicator knows no steps: leave it out, or --supervision process")
@@ -107,8 +109,8 @@ def parse_config(argv):
             raise InputError(f"{flag} must be finite and {bound} {low}, not {value} ({meta['help']})")
     return config
 # --- 2. The model and the problems ------------------------------------------------------------------
-def make_tiny_model(seed, device):
-    """(model, tokenizer): a Llama of 210,000 random parameters that knows numbers, signs and \\boxed{}."""
+def make_tiny_model(config, device):
+    """(model, tokenizer): a Llama that knows numbers, signs and \\boxed{}; size 1: 210,000 random parameters."""
     words = [*"<pad> <end> <unk> <user> <assistant> \\boxed{ }".split(), "\n", *"+-=", *map(str, range(100))]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"\\boxed\{|[0-9]{1,2}|[\s\S]"), "isolated")
@@ -117,22 +119,22 @@ def make_tiny_model(seed, device):
                                         unk_token="<unk>", additional_special_tokens=["<user>", "<assistant>"])
     turns = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
     tokenizer.chat_template = turns + "{% if add_generation_prompt %}<assistant>{% endif %}"
-    torch.manual_seed(seed)
+    torch.manual_seed(config.seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=len(words), hidden_size=64, intermediate_size=256, num_hidden_layers=3,
-        num_attention_heads=4, max_position_embeddings=1024, initializer_range=0.08,
-        bos_token_id=None, eos_token_id=1, pad_token_id=0)).to(device), tokenizer
+        vocab_size=len(words), hidden_size=64 * config.size, intermediate_size=256 * config.size, bos_token_id=None,
+        num_hidden_layers=config.size + 2, num_attention_heads=max(4, config.size), max_position_embeddings=1024,
+        initializer_range=0.08 / config.size ** 0.5, eos_token_id=1, pad_token_id=0)).to(device), tokenizer
 
 def gather_problems(config, model, tokenizer):
     """(training problems, those with solutions for the warm-up, held-out ones: a dict of "in", "out" or names)."""
     def load(name, split):
         return fitting(model, tokenizer, load_problems(name, split, config.request), config.max_new_tokens)
     problems = load(config.problems, "train")
-    worked = load_problems("arithmetic", "sft", config.request) if config.problems == "arithmetic" else problems
+    worked = load_problems(config.problems, "sft", config.request) if is_arithmetic(config.problems) else problems
     held_out = {}
     for name in config.eval_problems.split(",") if config.eval_problems else [config.problems]:
-        if name == "arithmetic":
-            held_out |= {"in": load(name, "in"), "out": load(name, "out")}
+        if is_arithmetic(name):
+            held_out |= {f"{name} {s}" if config.eval_problems else s: load(name, s) for s in ("in", "out")}
         elif config.eval_problems or not Path(name).is_file():
             held_out[name if config.eval_problems else "in"] = load(name, "test")
     if not held_out:   # a user's own file: a tenth of it is never trained on, the same tenth for every seed
@@ -212,13 +214,13 @@ def renew_reward_model(run, problems, config):
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch, cut into micro-batches, `cuts`; logp_ref: the reference's of each, or None.
-    Returns means: gap (|logp - the sampler's|), entropy: of the first pass; kl, clip_share: over tokens in the loss.
+    Returns means: gap (|logp - the sampler's|, also 99.9%, maximum), entropy: in pass 0; kl, clip_share: in the loss.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
     tokens, tokens_in_loss = batch.mask[sum(cuts, [])].sum().item(), max(1, in_loss.sum().item())
-    means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "gap", "grad_norm"), 0.0)
-    logp_old = [None] * len(cuts)
+    means = dict.fromkeys(("loss", "kl", "clip_share", "entropy", "grad_norm"), 0.0)
+    logp_old, gaps = [None] * len(cuts), []
     run.policy.train()   # activation checkpointing works only in train(); load_model has set every dropout to 0
     for pass_number in range(config.mu):
         for i, rows in enumerate(tqdm(cuts, desc="update", delay=5, leave=False)):
@@ -230,8 +232,7 @@ def update(run, batch, cuts, logp_ref, config, lr, autocast):
                 # sampled them, not what the sampler said. The two differ by rounding, in bf16 visibly: the gap.
                 logp_old[i] = logp.detach()
             if pass_number == 0:
-                gap = (logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs()
-                means["gap"] += gap.sum().item() / tokens
+                gaps.append((logp_old[i] - batch.logp_sampler[rows, :mask.shape[1]])[mask].abs())
                 means["entropy"] += entropy.sum().item() / tokens
             loss_mask = in_loss[rows, :mask.shape[1]]
             loss, diagnostics = grpo_loss(
@@ -248,7 +249,8 @@ def update(run, batch, cuts, logp_ref, config, lr, autocast):
         run.optimizer.zero_grad()
         means["grad_norm"] += norm.item() / config.mu
     run.policy.eval()
-    return means
+    gap = torch.cat(gaps).sort().values
+    return means | {"gap": gap.mean().item(), "gap_999": gap[int(0.999 * len(gap))].item(), "gap_max": gap[-1].item()}
 
 def warm_up(run, problems, config, autocast):
     """Supervised fine-tuning on worked solutions: the same update, with a gradient coefficient of 1 (table 10)."""
@@ -356,9 +358,8 @@ def train(run, problems, held_out, config, autocast):
                 print(f"held out, {split} ({s['n']}): greedy {s['greedy']:.3f}, sampled {s['sampled']:.3f}")
         if run.writer:
             curves = row | {f"{split}/{k}": x for split, s in row.get("eval", {}).items() for k, x in s.items()}
-            for name, value in curves.items():
-                if isinstance(value, float):
-                    run.writer.add_scalar(name, value, done)
+            for name in (name for name, value in curves.items() if isinstance(value, float)):
+                run.writer.add_scalar(name, curves[name], done)
             run.writer.flush()
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -369,7 +370,6 @@ def train(run, problems, held_out, config, autocast):
             save_checkpoint(run)
     if run.step < 0:
         finish_step({"step": 0})
-    print("by default the loss stays near 0, since the advantages of a group add up to 0; its gradient does not")
     # Every problem once, then all once more in another order, and so on; without those of the steps that are done.
     deck = (problem for epoch in itertools.count()
             for problem in random.Random(f"{config.seed} {epoch}").sample(problems, len(problems)))
@@ -433,7 +433,7 @@ def main(argv):
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     device, bf16 = pick_device(config.device)
-    policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config.seed, device)
+    policy, tokenizer = load_model(config.model, device) if config.model else make_tiny_model(config, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
     checksum = zlib.crc32(repr((problems, worked, held_out, tokenizer.chat_template, len(tokenizer))).encode())
     if config.resume and json.loads((out / "run.json").read_text()).get("data") != checksum:

@@ -3,6 +3,7 @@
     pip install trl==1.16.0 && python tests/bench.py     the cases below; without trl only this project
     python tests/bench.py --growth                       how a step's time grows with G and with the length
     python tests/bench.py --device cuda                  on a GPU, with the shape of Qwen2.5-0.5B
+    python tests/bench.py --case "fixed length"          one case alone
     python tests/bench.py --memory                       what GRPO keeps, against PPO with a value model
 
 Both train the same random weights on the same prompts, with the same G, lengths, rewards, learning rate,
@@ -29,7 +30,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2)
 QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, max_position_embeddings=4096)
+            num_key_value_heads=2, max_position_embeddings=4096)   # Qwen2.5-0.5B
 LARGE = 151_936   # the vocabulary of Qwen2.5
 LONGEST_PROMPT = 44   # and 20 is the shortest: 32 on average, as spread as the questions of GSM8K
 CASES = {   # eos: how likely each token is the last one; micro: tokens in a micro-batch
@@ -39,6 +40,7 @@ CASES = {   # eos: how likely each token is the last one; micro: tokens in a mic
         "large vocabulary": dict(body=SMALL, B=4, G=8, T=64, V=LARGE, eos=0.0, micro=4096)},
     "cuda": {
         "fixed length": dict(body=QWEN, B=32, G=8, T=512, V=LARGE, eos=0.0, micro=16384),
+        "long and many": dict(body=QWEN, B=32, G=16, T=1024, V=LARGE, eos=0.0, micro=16384),
         "varying length": dict(body=QWEN, B=32, G=8, T=512, V=LARGE, eos=1 / 150, micro=16384)},
 }
 
@@ -259,6 +261,14 @@ def kept_bytes(trained, frozen):
     return total
 
 
+SIZES = {   # of Qwen2.5: parameters, layers, shape
+    "0.5B": (494_032_768, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+                                   head_dim=64)),
+    "1.5B": (1_543_714_304, 28, dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+                                     head_dim=128)),
+}
+
+
 def show_memory():
     """GRPO trains the policy alone; PPO also a value model of its size: the same body with a scalar head."""
     import copy
@@ -267,14 +277,14 @@ def show_memory():
     from grpo import bf16_weights
     from reward import RewardModel
     for bf16 in (False, True):   # as on a CPU; as on a GPU, with a bf16 copy that samples and a bf16 reference
-        policy, _ = train.make_tiny_model(0, torch.device("cpu"))
+        policy, _ = train.make_tiny_model(train.Config(), torch.device("cpu"))
         copies = [bf16_weights(copy.deepcopy(policy)) for _ in range(2)] if bf16 else [copy.deepcopy(policy)]
         grpo = kept_bytes([policy], copies)
         ppo = kept_bytes([policy, RewardModel(policy)], copies)
         print(f"built-in model, {'bf16 copies' if bf16 else 'float32'}, allocated: GRPO {grpo / 1e6:.2f} MB, PPO {ppo / 1e6:.2f} MB, "
               f"{grpo / ppo:.2f} of it")
     # float32: weights, gradients, two moments; bf16: the copy that samples, the reference
-    for name, (parameters, layers, shape) in QWEN.items():
+    for name, (parameters, layers, shape) in SIZES.items():
         grpo, ppo = 20 * parameters, 36 * parameters
         print(f"Qwen2.5-{name}, bf16 copies, computed: GRPO {grpo / 1e9:.1f} GB, PPO {ppo / 1e9:.1f} GB, {grpo / ppo:.2f} of it")
         cache = 2 * 2 * layers * shape["num_key_value_heads"] * shape["head_dim"]   # keys and values of 2 bytes
@@ -284,14 +294,6 @@ def show_memory():
             kept.append((b - a + (layers - 1) * (d - c - b + a)) / 1024)
         print(f"    KV cache {cache} bytes a token; the update keeps {kept[0] / 1e6:.2f} MB a token, "
               f"{kept[1] / 1e6:.2f} with --activation-checkpointing")
-
-
-QWEN = {   # parameters, layers, shape
-    "0.5B": (494_032_768, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
-                                   head_dim=64)),
-    "1.5B": (1_543_714_304, 28, dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
-                                     head_dim=128)),
-}
 
 
 def kept_for_backward(shape, layers, tokens, checkpointing):
@@ -321,6 +323,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each case (default: 7)")
+    parser.add_argument("--case", choices=sorted({name for cases in CASES.values() for name in cases}),
+                        help="only this one (default: all)")
     parser.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
     parser.add_argument("--memory", action="store_true", help="bytes kept by GRPO and by PPO, no time measured")
     args = parser.parse_args()
@@ -335,9 +339,10 @@ def main():
     print(", ".join(f"{package} {version}" for package, version in found.items()), "on", args.device)
     print(f"{'medians of a step':<24}{'sample':>9}{'ref':>9}{'update':>9}{'sum, s':>9}{'tokens/s':>10}"
           f"{'tokens':>9}{'GB':>9}")
-    cases, runs = CASES[args.device], [run_ours] + [run_trl] * ("trl" in found and not args.growth)
+    cases = {name: case for name, case in CASES[args.device].items() if args.case in (None, name)}
+    runs = [run_ours] + [run_trl] * ("trl" in found and not args.growth)
     if args.growth:
-        fixed = cases["fixed length"]
+        fixed = CASES[args.device]["fixed length"]
         cases = {f"G = {G}": {**fixed, "G": G} for G in (4, 8, 16, 32)}
         cases |= {f"{T} new tokens": {**fixed, "T": T} for T in (64, 128, 256, 512)}
     for name, case in cases.items():

@@ -1,5 +1,6 @@
 """Small models that the tests build on the spot: no download, no GPU, no file outside the test's own folder."""
 
+import contextlib
 import functools
 import inspect
 import os
@@ -8,6 +9,8 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"   # nothing here may reach for the network
+if os.environ.get("TEST_DEVICE", "cpu") == "cpu":
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""   # or runs would take a GPU, where sums have no fixed order
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
@@ -16,10 +19,26 @@ import transformers
 
 import adapters
 import eval as evaluation
-from helpers import make_chat_model, tiny_model
+from helpers import DEVICE, make_chat_model, tiny_model
 
 transformers.utils.logging.disable_progress_bar()
 evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of the tests in one process need the same
+
+
+class OnDevice(torch.overrides.TorchFunctionMode):
+    """What tests make is made on DEVICE; what the code under test makes without device= stays on the CPU, and fails."""
+    makers = {torch.arange, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.tensor, torch.zeros}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        here = Path(sys._getframe(1).f_code.co_filename).parent == Path(__file__).parent
+        device = {"device": DEVICE} if function in self.makers and here else {}
+        return function(*args, **device | (kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def on_device():
+    with OnDevice() if DEVICE.type != "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -3,6 +3,7 @@
     python tests/helpers.py FOLDER TEXTS.jsonl     a Qwen2-shaped model whose tokenizer is trained on TEXTS
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, LlamaConfig,
                           PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))   # where tests/test_objective.py and test_sampling.py compute
 
 SIZE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
             num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
@@ -26,7 +29,11 @@ CONFIGS = {
 def tiny_model(name):
     """A random model of a few thousand parameters, whose next-token distributions are far from uniform."""
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval()
+    return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().to(DEVICE)
+
+
+def generator(seed):
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"

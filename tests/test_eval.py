@@ -23,27 +23,47 @@ CPU = torch.device("cpu")
 
 # --- Problems ---------------------------------------------------------------------------------------
 
-def test_built_in_problems_have_right_answers_and_stay_in_range():
+@pytest.mark.parametrize("name, longest, largest, most", [
+    ("arithmetic", 6, 12, 9), ("arithmetic-4-15", 4, 15, 11), ("arithmetic-10-50", 10, 50, 37), ("arithmetic-29-99", 29, 99, 74)])
+def test_built_in_problems_have_right_answers_and_stay_in_range(name, longest, largest, most):
+    """The default, and harder ones. Each term and each total that is allowed comes up somewhere."""
+    lengths = {"sft": range(2, longest + 1), "train": (longest - 2, longest - 1), "in": (longest - 2, longest - 1), "out": (longest,)}
+    seen = {"terms": set(), "totals": set()}
     for split in ("in", "out", "train", "sft"):
-        problems = arithmetic(split)
-        assert problems == arithmetic.__wrapped__(split) and len(problems) >= 1000   # always the same
-        for question, answer, solution, *_ in problems[:1000]:
+        problems = arithmetic(name, split)
+        assert len(problems) >= 1000 and problems == arithmetic.__wrapped__(name, split)   # always the same
+        found = set()
+        for question, answer, solution, *_ in problems[:3000]:
             terms = [int(x) for x in re.findall(r"[+-]?\d+", question)]
             totals = list(itertools.accumulate(terms))
-            assert totals[-1] == int(answer) and 0 <= min(totals) and max(totals) <= evaluation.LARGEST_TOTAL
-            assert len(terms) in evaluation.ARITHMETIC_SPLITS[split][0]
+            assert totals[-1] == int(answer) and all(0 <= x <= largest for x in totals)
+            found.add(len(terms))
+            seen["terms"] |= set(terms)
+            seen["totals"] |= set(totals)
+        assert found == set(lengths[split])
+    assert seen == {"terms": {*range(-most, most + 1)} - {0}, "totals": set(range(largest + 1))}
 
 
-def test_no_held_out_question_is_ever_trained_on():
-    trained = {p.question for split in ("train", "sft") for p in arithmetic(split)}
-    held_out = {p.question for split in ("in", "out") for p in arithmetic(split)}
-    assert not trained & held_out and len(held_out) > 1500
+def test_the_name_of_the_built_in_problems_says_how_hard_they_are():
+    assert load_problems("arithmetic", "in") == load_problems("arithmetic-6-12", "in") != load_problems("arithmetic-6-13", "in")
+    assert load_problems("arithmetic-9-40", "out")[0].request == "" and load_problems("arithmetic-9-40", "out", "Go!")[0].request == "Go!"
+    for name in ("arithmetic-3-12", "arithmetic-30-12", "arithmetic-6-11", "arithmetic-6-100", "arithmetic-6", "arithmetic-06-12",
+                 "arithmetic-6-12-1", "arithmetic-", "Arithmetic", "my-arithmetic-6-12"):
+        with pytest.raises(InputError, match=f"no {name} in: take .* 4 to 29 terms and totals of 12 to 99"):
+            load_problems(name, "in")
+
+
+@pytest.mark.parametrize("name", ["arithmetic", "arithmetic-4-12", "arithmetic-9-30"])
+def test_no_held_out_question_is_ever_trained_on(name):
+    trained = {p.question for split in ("train", "sft") for p in arithmetic(name, split)}
+    held_out = {p.question for split in ("in", "out") for p in arithmetic(name, split)}
+    assert not trained & held_out and len(held_out) > 500
 
 
 def test_the_corpus_has_two_habits():
     """One term at a time: always right. Two at once: a guess. Four of ten lines that could be either are careful."""
     right, careful = {1: [], 2: []}, []
-    for question, answer, solution, *_ in arithmetic("sft")[:3000]:
+    for question, answer, solution, *_ in arithmetic("arithmetic", "sft")[:3000]:
         left = len(re.findall(r"[+-]", question))
         *lines, boxed = solution.split("\n")
         for line in lines:
@@ -409,6 +429,7 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
     (None, "", ("1+1", MATH_REQUEST, 512)),
     (None, "--request Now. --max-new-tokens 9", ("1+1", "Now.", 9)),
     (dict(problems="arithmetic", eval_problems="", request=None, max_new_tokens=7), "", ("1+1", "", 7)),   # as in the run
+    (dict(problems="arithmetic-9-40", eval_problems="", request=None, max_new_tokens=7), "", ("1+1", "", 7)),
     (dict(problems="gsm8k", eval_problems="", request="Go!", max_new_tokens=7), "--max-new-tokens 8", ("1+1", "Go!", 8)),
     (dict(problems="gsm8k", eval_problems="", request=None, max_new_tokens=7), "--problems cmath", ("1+1", REQUESTS["cmath"], 7)),
 ])

@@ -107,7 +107,10 @@ FLAGS = {
     "--reward own.py": "want FILE.py:FUNCTION",
     "--reward wrong.py:length": "--reward wrong.py:length: SyntaxError",
     "--problems gsm8k": "the built-in model knows only arithmetic: --problems gsm8k needs a --model",
-    "--eval-problems arithmetic,nothing": "no nothing test: take a file, gsm8k train,.*mgsm_zh test, arithmetic in, out, sft or train",
+    "--eval-problems arithmetic,nothing": "no nothing test: take a file, gsm8k train,.*mgsm_zh test, or in, out, sft, train of arithmetic or",
+    "--problems arithmetic-30-99": "the built-in model knows only arithmetic: --problems arithmetic-30-99 needs a --model",
+    "--model chat --size 2": "--size is that of the model made without --model: leave out one of them",
+    "--size 0": "--size must be finite and at least 1, not 0",
     "--resume nowhere": "--resume nowhere: no run to go on with",
     "--resume norun": "--resume norun: no run to go on with, for it has no run.json of ours",
     "--resume broken": "--resume broken: no run to go on with",
@@ -297,10 +300,12 @@ def test_a_template_that_rejects_a_system_message_is_fine(tmp_path):
 
 def test_several_sets_are_held_out_at_once(tmp_path, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
-    config = train.parse_config(["--model", "chat", "--problems", "plain.jsonl", "--eval-problems", "one.jsonl,arithmetic"])
+    config = train.parse_config(["--model", "chat", "--problems", "plain.jsonl", "--eval-problems",
+                                 "one.jsonl,arithmetic,arithmetic-9-40"])
     problems, worked, held_out = train.gather_problems(config, *load_model("chat", torch.device("cpu")))
-    assert {name: len(rows) for name, rows in held_out.items()} == {"one.jsonl": 1, "in": 200, "out": 200}
-    assert len(problems) == 20 and "boxed" in held_out["one.jsonl"][0].request and held_out["in"][0].request == ""
+    assert {name: len(rows) for name, rows in held_out.items()} == {"one.jsonl": 1, **dict.fromkeys((
+        "arithmetic in", "arithmetic out", "arithmetic-9-40 in", "arithmetic-9-40 out"), 200)}
+    assert len(problems) == 20 and "boxed" in held_out["one.jsonl"][0].request and held_out["arithmetic in"][0].request == ""
 
 
 # --- Care -------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import torch
 
 from adapters import (clipped_surrogate, completion_mask, grpo_loss, kl_estimate, loss_denominator, outcome_advantages,
                   process_advantages)
+from helpers import DEVICE, generator
 
 
 def t(values, **kwargs):
@@ -120,8 +121,8 @@ def test_tokens_that_do_not_count_get_nothing_wherever_a_step_ends():
 
 
 def test_one_step_at_the_last_token_is_outcome_supervision():
-    generator = torch.Generator().manual_seed(0)
-    rewards, lengths = torch.rand(6, 1, generator=generator, dtype=torch.float64), torch.tensor([3, 5, 1, 2, 4, 5])
+    g = generator(0)
+    rewards, lengths = torch.rand(6, 1, generator=g, dtype=torch.float64), torch.tensor([3, 5, 1, 2, 4, 5])
     mask = torch.arange(5) < lengths[:, None]
     advantages = process_advantages(rewards, lengths[:, None] - 1, mask, 3)
     close(PROCESS, advantages, outcome_advantages(rewards.view(2, 3)).view(6, 1) * mask)
@@ -129,11 +130,11 @@ def test_one_step_at_the_last_token_is_outcome_supervision():
 
 def test_process_advantages_by_the_definition():
     """Against a loop over groups, completions, tokens and steps, on steps of any number in any group."""
-    generator = torch.Generator().manual_seed(1)
+    g = generator(1)
     N, K, T, G = 12, 5, 9, 4
-    rewards = torch.randn(N, K, generator=generator, dtype=torch.float64)
-    ends = torch.randint(0, T, (N, K), generator=generator).sort(dim=1).values
-    ends[torch.rand(N, K, generator=generator) < 0.4] = -1
+    rewards = torch.randn(N, K, generator=g, dtype=torch.float64)
+    ends = torch.randint(0, T, (N, K), generator=g).sort(dim=1).values
+    ends[torch.rand(N, K, generator=g) < 0.4] = -1
     mask = torch.arange(T) <= ends.amax(dim=1, keepdim=True)
     advantages = process_advantages(rewards, ends, mask, G)
     for first in range(0, N, G):
@@ -162,12 +163,12 @@ def test_equal_or_missing_steps_give_exactly_zero(rewards, ends):
 @pytest.mark.parametrize("method", ["SFT", "RFT", "Online RFT", "GRPO, outcome", "GRPO, process"])
 def test_every_method_has_the_gradient_of_its_coefficient(method):
     """grad J = 1/G * sum_i 1/|o_i| * sum_t GC * grad log pi(o_t), through the logits of a small policy."""
-    generator = torch.Generator().manual_seed(2)
+    g = generator(2)
     G, T, V, beta = 4, 5, 7, 0.0 if "RFT" in method or method == "SFT" else 0.3
-    logits = torch.randn(G, T, V, generator=generator, dtype=torch.float64, requires_grad=True)
-    tokens, mask = torch.randint(0, V, (G, T), generator=generator), torch.arange(T) < torch.tensor([[5], [2], [3], [1]])
+    logits = torch.randn(G, T, V, generator=g, dtype=torch.float64, requires_grad=True)
+    tokens, mask = torch.randint(0, V, (G, T), generator=g), torch.arange(T) < torch.tensor([[5], [2], [3], [1]])
     logp = logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
-    logp_ref = logp.detach() + 0.3 * torch.randn(G, T, generator=generator, dtype=torch.float64)
+    logp_ref = logp.detach() + 0.3 * torch.randn(G, T, generator=g, dtype=torch.float64)
     right = t([1, 0, 1, 0])
     ends = torch.tensor([[1, 4], [1, -1], [0, 2], [0, -1]])
     advantages = {"SFT": torch.ones(G).double(), "RFT": right, "Online RFT": right,
@@ -241,7 +242,7 @@ def test_absurd_ratios_stay_finite(difference, advantage):
 
 # --- eq. 3: the loss --------------------------------------------------------------------------------
 
-MASK = torch.tensor([[1, 1, 1], [1, 0, 0]]).bool()   # two completions, of 3 tokens and 1 token
+MASK = torch.tensor([[1, 1, 1], [1, 0, 0]], device=DEVICE).bool()   # two completions, of 3 tokens and 1 token
 
 
 def test_loss_by_hand():
@@ -295,7 +296,7 @@ def test_the_kl_term_needs_a_reference():
 
 def policy_example(seed=0):
     """Six completions of a softmax policy over 5 tokens: logits (6, 4, 5) with gradient, tokens, mask, advantages."""
-    g = torch.Generator().manual_seed(seed)
+    g = generator(seed)
     logits = torch.randn(6, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
     tokens = torch.randint(5, (6, 4), generator=g)
     mask = torch.arange(4) < torch.tensor([[4], [1], [3], [2], [4], [2]])
@@ -330,7 +331,7 @@ def test_the_loss_is_zero_on_policy_but_its_gradient_is_not():
 @pytest.mark.parametrize("size", [1, 2, 4, 8])
 def test_micro_batches_change_nothing(aggregate, size):
     logits, pick, logp_ref, mask, advantages = policy_example()
-    logp_old = pick(torch.randn(6, 4, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(-1))
+    logp_old = pick(torch.randn(6, 4, 5, generator=generator(1), dtype=torch.float64).log_softmax(-1))
 
     def gradient(size, extra_columns):
         logp = pick(logits.log_softmax(-1))

@@ -21,7 +21,7 @@ FENCES = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", README, re.M | re.S)
 TYPED = [line.strip() for _, language, text in FENCES if not language for line in text.splitlines()]
 TYPED += [" ".join(code.split()) for code in re.findall(r"`([^`]+)`", re.sub(r"(?ms)^ *```.*?^ *```$", "", README))]
 COMMANDS = sorted({part.strip() for line in TYPED for part in line.split("&&")
-                   if re.match(r"(python|pip|grep|bash) ", part.strip())})
+                   if re.match(r"([A-Z_]+=\S+ )*(python|pip|grep|bash) ", part.strip())})
 TESTS = {node.name: path.name for path in (ROOT / "tests").glob("test_*.py") for node in ast.parse(path.read_text(encoding="utf-8")).body
          if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")}
 
@@ -49,8 +49,7 @@ def understood(program, words, folder, monkeypatch):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatch):
     command = re.sub(r"\bS\b", "0", command).replace(" ...", "")   # S: a seed
-    while re.match(r"[A-Z]+=\S+ ", command):
-        command = command.partition(" ")[2]
+    command = re.sub(r"^([A-Z_]+=\S+ )+", "", command)   # settings of the environment
     program, *words = shlex.split(command)
     if program == "python" and words[0] in ("train.py", "eval.py"):
         return understood(words[0], words[1:], tmp_path, monkeypatch)

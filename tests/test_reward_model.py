@@ -71,7 +71,7 @@ TEXTS = ["7+5=12\n12-4=8\n\\boxed{8}", "7+5=13\n13-4=9\n\\boxed{9}", "\\boxed{8}
 
 def scripted(monkeypatch, config, texts=TEXTS, reward_model=None):
     """sample_and_score on completions of our own. Returns the batch and, for each completion, its pieces of text."""
-    policy, tokenizer = train.make_tiny_model(0, CPU)
+    policy, tokenizer = train.make_tiny_model(train.Config(), CPU)
     rows = [tokenizer(text, add_special_tokens=False).input_ids + [1] for text in texts]
     ids = torch.tensor([row + [0] * (30 - len(row)) for row in rows])
     mask = completion_mask(ids, {1})
@@ -112,7 +112,7 @@ def test_outcome_supervision_and_the_indicator(monkeypatch):
 def test_examples_hold_prompt_and_completion_and_the_verdict_of_the_rule(monkeypatch):
     for supervision, ends, labels in (("outcome", [[15], [15], [3], [11]], [[1], [0], [1], [0]]),
                                       ("process", [[4, 10, 15], [4, 10, 15], [3], [6, 11]], [[1, 1, 1], [0, 1, 0], [1], [0, 0]])):
-        model = RewardModel(train.make_tiny_model(0, CPU)[0])
+        model = RewardModel(train.make_tiny_model(train.Config(), CPU)[0])
         batch, pieces = scripted(monkeypatch, Config(group_size=4, supervision=supervision, reward="model"), reward_model=model)
         for i, (ids, at, verdicts) in enumerate(batch.examples):
             prompt = batch.prompt_ids[0, 2:].tolist()   # without the padding

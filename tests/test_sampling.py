@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 import grpo
 from adapters import (bf16_weights, cache_gap, head_is_plain, micro_batches, sample_groups, sample_token, score_rows,
                       token_logprobs)
-from helpers import tiny_model
+from helpers import generator, tiny_model
 
 EOS, PAD = [2, 3], 0   # two ids that end a completion
 
@@ -21,7 +21,7 @@ def rescore(model, prompts, samples, temperature, group_size=1):
 
 
 def test_samples_have_the_promised_shapes(llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=generator(0))
     N, T = samples.completion_ids.shape
     assert (N, T) == (12, 20)
     assert samples.mask.shape == samples.logp.shape == (N, T) and samples.truncated.shape == (N,)
@@ -65,7 +65,7 @@ def test_greedy_equals_generate_when_rows_end_at_different_times(prompts):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_rescored_logprobs_equal_the_samplers(any_model, prompts, temperature):
-    samples = sample_groups(any_model, *prompts, 8, 20, EOS, PAD, temperature, torch.Generator().manual_seed(0))
+    samples = sample_groups(any_model, *prompts, 8, 20, EOS, PAD, temperature, generator(0))
     logp, entropy = rescore(any_model, prompts, samples, temperature, group_size=8)
     assert samples.mask.sum(dim=1).unique().numel() > 2   # several lengths
     torch.testing.assert_close(logp, samples.logp, rtol=0, atol=1e-4, msg=lambda text: (
@@ -75,7 +75,7 @@ def test_rescored_logprobs_equal_the_samplers(any_model, prompts, temperature):
 
 def test_logprobs_are_those_of_logits_over_temperature(llama, prompts):
     (ids, mask), T = prompts, 6
-    completion = torch.randint(4, 40, (3, T), generator=torch.Generator().manual_seed(0))
+    completion = torch.randint(4, 40, (3, T), generator=generator(0))
     logp, entropy = token_logprobs(llama, ids, mask, completion, torch.ones(3, T).bool(), temperature=0.7)
     for row in range(3):   # each row alone, without padding, through the model as it is
         whole = torch.cat([ids[row][mask[row].bool()], completion[row]])
@@ -102,7 +102,7 @@ def test_hostile_generation_config_is_ignored(prompts):
     for key, value in dict(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0, min_p=0.9,
                            max_new_tokens=2, eos_token_id=[7], num_beams=3, no_repeat_ngram_size=1).items():
         setattr(hostile.generation_config, key, value)
-    draw = lambda model: sample_groups(model, *prompts, 8, 10, EOS, PAD, 1.0, torch.Generator().manual_seed(0))
+    draw = lambda model: sample_groups(model, *prompts, 8, 10, EOS, PAD, 1.0, generator(0))
     samples = draw(hostile)
     assert all(torch.equal(a, b) for a, b in zip(draw(plain), samples))
     assert len({tuple(row) for row in samples.completion_ids[:8].tolist()}) > 4   # a group is not all alike
@@ -112,7 +112,7 @@ def test_hostile_generation_config_is_ignored(prompts):
 def test_samples_follow_the_distribution(llama):
     """20,000 first tokens against softmax(logits / T)."""
     ids = torch.tensor([[5, 6, 7]])
-    samples = sample_groups(llama, ids, torch.ones_like(ids), 20_000, 1, [], PAD, 0.7, torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, ids, torch.ones_like(ids), 20_000, 1, [], PAD, 0.7, generator(0))
     expected = (llama(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
     found = torch.bincount(samples.completion_ids[:, 0], minlength=40) / 20_000
     assert (found - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
@@ -135,7 +135,7 @@ def test_prompts_go_through_once_and_ended_rows_leave(llama, prompts):
     shapes = []
     handle = llama.register_forward_pre_hook(lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
                                              with_kwargs=True)
-    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
     handle.remove()
     assert shapes[0] == (3, 5)                                        # B prompts, not B * G
     lengths = samples.mask.sum(dim=1)
@@ -149,18 +149,18 @@ def test_the_cache_is_used_and_the_mode_restored(training, prompts):
     """Activation checkpointing in train() mode turns the KV cache off; sampling must not suffer from it."""
     model = tiny_model("llama").train(training)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    samples = sample_groups(model, *prompts, 4, 10, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(model, *prompts, 4, 10, EOS, PAD, generator=generator(0))
     assert model.training == training
     torch.testing.assert_close(rescore(model, prompts, samples, 1.0, 4)[0], samples.logp, rtol=0, atol=1e-4)
 
 
 def test_sampling_leaves_no_gradient_and_takes_its_randomness_from_the_generator(llama, prompts):
     state = torch.get_rng_state()
-    first, second = (sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=torch.Generator().manual_seed(3))
+    first, second = (sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(3))
                      for _ in range(2))
     assert torch.equal(first.completion_ids, second.completion_ids) and not first.logp.requires_grad
     assert torch.equal(state, torch.get_rng_state())
-    third = sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=torch.Generator().manual_seed(4))
+    third = sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(4))
     assert not torch.equal(first.completion_ids[:, :3], third.completion_ids[:, :3])
 
 
@@ -190,17 +190,17 @@ def test_the_cache_is_written_in_place(llama, prompts, monkeypatch):
         return keys, values
 
     monkeypatch.setattr(grpo.PreallocatedLayer, "update", spy)
-    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
     assert len(places) == len(llama.model.layers)                     # one place a layer, never another
     monkeypatch.setattr(grpo, "PreallocatedLayer", lambda layer, max_new_tokens: layer)
-    plain = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    plain = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
     assert all(torch.equal(a, b) for a, b in zip(plain[:2], samples[:2]))
     torch.testing.assert_close(plain.logp, samples.logp, rtol=0, atol=1e-5)
 
 
 def test_selected_rows_of_the_cache_are_those_asked_for():
     layer = DynamicLayer()
-    keys, values = torch.randn(2, 6, 2, 5, 3, generator=torch.Generator().manual_seed(0)).unbind()
+    keys, values = torch.randn(2, 6, 2, 5, 3, generator=generator(0)).unbind()
     layer.update(keys, values)
     layer, new = grpo.PreallocatedLayer(layer, 4), torch.ones(6, 2, 1, 3)
     layer.update(new, -new)
@@ -216,13 +216,13 @@ def test_impossible_tokens_are_never_drawn():
     logits = torch.full((1, 50), -torch.inf)
     logits[0, [7, 8, 30]] = torch.tensor([0.0, 1.0, 2.0])
     assert sample_token(logits * torch.nan, 1.0)[1].isnan().all()   # an error later on, not an index out of range
-    token, logp = sample_token(logits.expand(20_000, -1), 1.0, torch.Generator().manual_seed(0))
+    token, logp = sample_token(logits.expand(20_000, -1), 1.0, generator(0))
     assert set(token.tolist()) == {7, 8, 30} and logp.isfinite().all()
     for u, expected in ((0.0, 30), (1 - 2 ** -24, 7)):   # the ends of what torch.rand gives
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, u))
             assert sample_token(logits, 1.0)[0].tolist() == [expected]
-            rounded = torch.randn(200, 1000, generator=torch.Generator().manual_seed(0))   # sums a little off 1
+            rounded = torch.randn(200, 1000, generator=generator(0))   # sums a little off 1
             rounded[:, -1] = -torch.inf
             assert sample_token(rounded, 1.0)[1].isfinite().all()
 
@@ -243,9 +243,9 @@ def scored(model, prompts, samples, question, shared):
 def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, max_new_tokens):
     """Value and gradient; groups cut in any way, in any order. Only GPT-2 computes all of it in float64 if asked."""
     model, tolerance = (any_model.double(), 1e-9) if any_model.config.model_type == "gpt2" else (any_model, 1e-5)
-    ids = torch.randint(4, 40, (3, 12), generator=torch.Generator().manual_seed(0))   # longer than Gemma's window
+    ids = torch.randint(4, 40, (3, 12), generator=generator(0))   # longer than Gemma's window
     prompts = ids, (torch.arange(12) >= torch.tensor([[0], [5], [10]])).long()
-    samples = sample_groups(model, *prompts, 4, max_new_tokens, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(model, *prompts, 4, max_new_tokens, EOS, PAD, generator=generator(0))
     rows = torch.tensor([9, 0, 5, 1, 8, 4, 2])
     for question, part in ((None, samples), (rows // 4, type(samples)(*(x[rows] for x in samples)))):
         whole = torch.arange(12) // 4 if question is None else question
@@ -255,7 +255,7 @@ def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, max
 
 
 def test_each_prompt_goes_through_once(llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
     head_is_plain(llama)
     shapes = []
     llama.base_model.register_forward_pre_hook(
@@ -266,7 +266,7 @@ def test_each_prompt_goes_through_once(llama, prompts):
 
 def test_activation_checkpointing_changes_nothing(prompts):
     model = tiny_model("gpt2").double()
-    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=generator(0))
     plain = scored(model, prompts, samples, None, shared=True)
     getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     for a, b in zip(scored(model.train(), prompts, samples, None, shared=True), plain):
@@ -291,7 +291,7 @@ def gradients(model, prompts, samples):
 def test_chunks_equal_the_whole(monkeypatch, prompts, chunk):
     """In float64, value and gradient, against the model's own logits."""
     model = tiny_model("llama").double()
-    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=generator(0))
     assert samples.logp.dtype == torch.float64
     monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
     chunked = gradients(model, prompts, samples)
@@ -303,7 +303,7 @@ def test_chunks_equal_the_whole(monkeypatch, prompts, chunk):
 
 
 def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
     head_is_plain(llama)
     sizes = []
     llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
@@ -316,7 +316,7 @@ def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, pro
 @pytest.mark.parametrize("chunk, times", [(10, 2), (1000, 1)])
 def test_logits_of_chunks_are_computed_again_instead_of_kept(monkeypatch, llama, prompts, chunk, times):
     """With several chunks; one chunk alone is needed whole in the backward pass anyway."""
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
     head_is_plain(llama)
     monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
     sizes = []
@@ -327,7 +327,7 @@ def test_logits_of_chunks_are_computed_again_instead_of_kept(monkeypatch, llama,
 
 def test_a_bf16_model_gives_float32_logprobs(llama, prompts):
     model = bf16_weights(copy.deepcopy(llama))
-    samples = sample_groups(model, *prompts, 2, 8, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(model, *prompts, 2, 8, EOS, PAD, generator=generator(0))
     logp, entropy = rescore(model, prompts, samples, 1.0, group_size=2)
     assert samples.logp.dtype == logp.dtype == entropy.dtype == torch.float32
     # Normalised in float32: the probabilities of all 40 tokens add up to 1 far better than bf16 could say.
@@ -354,9 +354,9 @@ def test_the_check_of_a_model_finds_no_gap(any_model):
 
 @pytest.mark.parametrize("limit", [1, 20, 50, 10_000])
 def test_every_row_is_in_one_micro_batch(limit):
-    generator = torch.Generator().manual_seed(0)
-    lengths = torch.randint(1, 30, (37, 1), generator=generator)
-    mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=generator)
+    g = generator(0)
+    lengths = torch.randint(1, 30, (37, 1), generator=g)
+    mask, prompt_mask = torch.arange(30) < lengths, torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=g)
     cuts = micro_batches(range(37), prompt_mask.long(), mask, limit)
     assert sorted(row for cut in cuts for row in cut) == list(range(37))
     for cut in cuts:
@@ -367,9 +367,9 @@ def test_every_row_is_in_one_micro_batch(limit):
 @pytest.mark.parametrize("limit", [1, 40, 90, 10_000])
 def test_micro_batches_of_groups_are_as_large_as_the_limit_allows(limit):
     """12 groups of 3, and some rows left out."""
-    generator = torch.Generator().manual_seed(0)
-    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=generator)
-    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=generator)
+    g = generator(0)
+    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=g)
+    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=g)
     rows = [row for row in range(36) if row % 5]
     cuts = micro_batches(rows, prompt_mask.long(), mask, limit)
     assert sorted(row for cut in cuts for row in cut) == rows
@@ -383,7 +383,7 @@ def test_micro_batches_of_groups_are_as_large_as_the_limit_allows(limit):
 
 def test_rows_score_alone_as_in_the_batch(llama, prompts):
     """Rows of three questions, out of order: values, entropies and mask of the batch, less the columns of mere padding."""
-    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=torch.Generator().manual_seed(0))
+    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=generator(0))
     whole = rescore(llama, prompts, samples, 0.7, group_size=4)
     for rows in ([7, 0, 2], [11], list(range(12))):
         logp, entropy, mask = score_rows(llama, rows, *prompts, *samples[:2], 0.7)

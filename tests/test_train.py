@@ -500,6 +500,38 @@ def test_variants_run_through(flags, tmp_path, monkeypatch):
     assert len(copies) == ("--kl-beta" not in flags)   # --kl-beta 0 loads no reference
 
 
+def test_the_gap_is_logged_with_its_spread(tmp_path, monkeypatch):
+    """Its mean, what one token in 1,000 exceeds, and its maximum, where the trainer is off by known amounts."""
+    differences, generator = [], torch.Generator().manual_seed(0)
+
+    def score_badly(*arguments, original=train.score_rows):
+        logp, entropy, mask = original(*arguments)
+        noise = 0.01 * torch.randn(logp.shape, generator=generator)
+        differences.append(noise[mask].abs())
+        return logp + noise, entropy, mask
+
+    monkeypatch.setattr(train, "score_rows", score_badly)
+    monkeypatch.setattr(train, "load_reward", lambda name: parity_rewards)
+    train.main([*SHORT, "--sft-steps", "0", "--steps", "1", "--questions", "9", "--kl-beta", "0", "--micro-tokens", "1000",
+                "--out", str(tmp_path / "run")])
+    row, found = rows_of(tmp_path / "run")[1], torch.cat(differences).sort().values
+    assert len(differences) > 2 and len(found) > 2000
+    assert row["gap"] == pytest.approx(found.mean().item(), rel=1e-3) and row["gap_max"] == pytest.approx(found[-1].item(), rel=1e-3)
+    above = (found > row["gap_999"] + 1e-6).sum().item()
+    assert 0.0005 < above / len(found) <= 0.001 and row["gap_999"] < row["gap_max"]
+
+
+@pytest.mark.parametrize("size, parameters", [(1, 211_264), (2, 1_078_144), (6, 18_966_144)])
+def test_the_built_in_model_grows(size, parameters):
+    """Wider and deeper, its weights smaller, so that what it says at the start stays as uncertain."""
+    model, tokenizer = train.make_tiny_model(Config(size=size), torch.device("cpu"))
+    assert model.num_parameters() == parameters
+    logits = model(torch.tensor([tokenizer("7+5-4\n").input_ids])).logits
+    entropy = torch.distributions.Categorical(logits=logits).entropy().mean().item()
+    assert 4.3 < entropy < 4.71   # at most log 111
+    assert evaluation.cache_gap(model) < 1e-4
+
+
 def test_truncated_completions_draw_a_warning(capsys):
     for truncated, warned in ((0.4, False), (0.6, True)):
         train.print_metrics(dict.fromkeys(train.COLUMNS, 0) | {"truncated": truncated}, heading=False)
