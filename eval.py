@@ -25,9 +25,9 @@ class Problem(NamedTuple):
     request: str = ""    # what follows the question in the prompt
     line: int = 0        # in its file
 
-is_arithmetic = re.compile("arithmetic(-([4-9]|[12][0-9])-(1[2-9]|[2-9][0-9]))?").fullmatch   # a built-in name?
+is_arithmetic = re.compile("arithmetic(-([6-9]|[12][0-9])-(1[2-9]|[2-9][0-9]))?").fullmatch   # -LONGEST-LARGEST
 ARITHMETIC_SPLITS = {    # how many problems, held out?, terms of a problem if the longest have n
-    "sft": (30_000, False, lambda n: sorted([*range(2, n), *range(3, n + 1)])),   # the corpus of the warm-up
+    "sft": (30_000, False, lambda n: sorted([*range(2, n), *range(3, n + 1)])),   # warm-up: 2 ... n, inner ones twice
     "train": (10_000, False, lambda n: [n - 2, n - 1]),   # reinforcement learning
     "in": (1_000, True, lambda n: [n - 2, n - 1]),        # in domain: held out, as long as in training
     "out": (1_000, True, lambda n: [n])}                  # out of domain: a length in the corpus, never in RL
@@ -48,9 +48,9 @@ def arithmetic(name, split):
     """The built-in problems: chains like "7+5-4+3", always the same. Where two or more terms are left, a line of the
     solution takes one ("7+5=12") four times in ten, and is right, else two ("7+5-4=9"), and is off by up to 3.
     """
-    longest, largest = map(int, f"{name}-6-12".split("-")[1:3])   # terms; true running totals of 0 ... largest
+    longest, largest = map(int, f"{name}-6-12".split("-")[1:3])   # 6-12 if not named: terms; largest true total
     count, held_out, terms = ARITHMETIC_SPLITS[split]
-    rng, problems, most = random.Random(f"arithmetic {split}"), [], largest * 3 // 4
+    rng, problems, most = random.Random(f"arithmetic {split}"), [], largest * 3 // 4   # most: the largest term
     while len(problems) < count:
         numbers = [rng.randint(1, most)]   # such as 7, +5, -4, +3
         for _ in range(rng.choice(terms(longest)) - 1):
@@ -110,7 +110,7 @@ def read_problems(path):
     return problems
 
 def load_problems(name, split, request=None, ask=""):
-    """The problems of a known set, or of a file, or `ask`, one; request: None for the usual one. Or InputError."""
+    """Problems of a split of a set, all of a file, or only `ask`; request: None for the usual one. Or InputError."""
     if ask:
         problems = [Problem(ask, "")]
     elif (key := f"{name} {split}".replace("math500", "math")) in DOWNLOADS:   # math500 is the test set of math
@@ -121,7 +121,7 @@ def load_problems(name, split, request=None, ask=""):
         problems = read_problems(name)
     else:
         raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, or in, out, sft, train of "
-                         "arithmetic or arithmetic-LONGEST-LARGEST, 4 to 29 terms and totals of 12 to 99")
+                         "arithmetic or arithmetic-LONGEST-LARGEST, 6 to 29 terms and totals of 12 to 99")
     usual = "" if is_arithmetic(name) else REQUESTS.get(name, MATH_REQUEST)
     return [problem._replace(request=usual if request is None else request) for problem in problems]
 # --- 2. Models and prompts --------------------------------------------------------------------------
@@ -139,8 +139,8 @@ def load_model(name, device):
         wrong = "no folder or hub name to load"   # what an exception from here on means
         config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
         # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
-        for part in (config, config.get_text_config()):
-            vars(part).update({k: 0.0 for k, v in vars(part).items() if type(v) is float and re.search("drop|jitter", k)})
+        for settings in map(vars, (config, config.get_text_config())):
+            settings |= {k: 0.0 for k, x in settings.items() if isinstance(x, float) and re.search("drop|jitter", k)}
         # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
             name, config=config, dtype=torch.float32, output_loading_info=True)
@@ -266,7 +266,7 @@ def compare(paths):
         change = [b - a for a, b in zip(before[name], after[name])]
         n, mean, up, down = len(change), fmean(change), sum(c > 0 for c in change), sum(c < 0 for c in change)
         half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, n - 1))
-        # McNemar's exact test, for right or wrong: how likely so uneven a split is if each change is a coin's toss.
+        # McNemar's exact test, right or wrong: how likely a split at least as uneven is, if changes are coin tosses.
         p = min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
         lines.append(f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}, 95% interval "
                      f"{mean - half:+.3f} to {mean + half:+.3f}")
@@ -331,7 +331,7 @@ def main(argv):
     parser = Parser(prog="eval.py", description="Measure how well a model solves problems.", allow_abbrev=False)
     add = parser.add_argument
     add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
-    add("--problems", default="", help="arithmetic, gsm8k, math, math500, cmath, mgsm_zh, or a file (else the run's)")
+    add("--problems", default="", help="as in train.py, or math500, cmath, mgsm_zh (default: a run's own)")
     add("--split", help="arithmetic: in, out, train, sft; others: test, train (default: first); file: all, even seen")
     add("--limit", type=int, default=0, help="take only the first LIMIT problems (default: all)")
     add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")

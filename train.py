@@ -26,8 +26,8 @@ def opt(default, help, least=None, above=None, choices="", group=None):
 @dataclasses.dataclass
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
-    size: int = opt(1, "N: the model made without --model is 64 N wide, with N + 2 layers", least=1)
-    problems: str = opt("gsm8k", "gsm8k, math, a JSON-lines file, arithmetic, or harder as arithmetic-TERMS-TOTAL")
+    size: int = opt(1, "N, 1 to 16: the model made without --model is 64 N wide, with N + 2 layers", least=1)
+    problems: str = opt("gsm8k", "gsm8k, math, a JSON-lines file, arithmetic, or harder arithmetic-LONGEST-LARGEST")
     reward: str = opt("", "FILE.py:FUNCTION; none: accuracy_rewards of reward.py; model: a network that imitates it")
     request: str = opt(None, "what follows each question (\"\": nothing); none: as usual for the problems")
     out: str = opt("", "folder of the run; none: the next free runs/<problems>-<seed>")
@@ -37,7 +37,7 @@ class Config:
     device: str = opt("auto", "auto, cpu or cuda")
     questions: int = opt(32, "questions per step, B (paper: 16 or 1024, not clear)", least=1, group="sampling")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)", least=2)
-    max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)", least=1)
+    max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024; harder sums: 6 LONGEST)", least=1)
     sample_tokens: int = opt(SAMPLE_TOKENS, "tokens, prompts too, that are sampled at a time (KV cache)", least=1)
     temperature: float = opt(1.0, "of sampling and log-probs, above 0 (paper: not said)", above=0)
     iterations: int = opt(1, "renewals of reference and reward model (paper: 1, 2)", least=1, group="algorithm")
@@ -96,9 +96,9 @@ def parse_config(argv):
                              "leave it out, or start another run")
         given["out"] = run
     elif not given.get("model") and not is_arithmetic(given.get("problems", "arithmetic")):
-        raise InputError(f"the built-in model knows only arithmetic: --problems {given['problems']} needs a --model")
-    elif given.get("model") and "size" in given:
-        raise InputError("--size is that of the model made without --model: leave out one of them")
+        raise InputError(f"--problems {given['problems']} needs a --model; built in: arithmetic, -6-12 to -29-99")
+    elif "size" in given and (given.get("model") or given["size"] > 16):
+        raise InputError("--size, 1 to 16, is that of the model made without --model: leave out one of them")
     config = Config(**{**defaults, **given})
     if (config.supervision, config.advantage) == ("process", "indicator"):
         raise InputError("--advantage indicator knows no steps: leave it out, or --supervision process")
@@ -214,7 +214,7 @@ def renew_reward_model(run, problems, config):
 
 def update(run, batch, cuts, logp_ref, config, lr, autocast):
     """mu optimizer steps on one batch, cut into micro-batches, `cuts`; logp_ref: the reference's of each, or None.
-    Returns means: gap (|logp - the sampler's|, also 99.9%, maximum), entropy: in pass 0; kl, clip_share: in the loss.
+    Returns gap (mean, 99.9%, maximum of |logp - the sampler's|), entropy of pass 0; kl, clip_share of tokens in_loss.
     """
     in_loss = batch.mask & ~batch.truncated[:, None] if config.mask_truncated else batch.mask   # (N, T)
     denominator = loss_denominator(in_loss, config.aggregate, config.max_new_tokens)
@@ -358,8 +358,8 @@ def train(run, problems, held_out, config, autocast):
                 print(f"held out, {split} ({s['n']}): greedy {s['greedy']:.3f}, sampled {s['sampled']:.3f}")
         if run.writer:
             curves = row | {f"{split}/{k}": x for split, s in row.get("eval", {}).items() for k, x in s.items()}
-            for name in (name for name, value in curves.items() if isinstance(value, float)):
-                run.writer.add_scalar(name, curves[name], done)
+            for name, value in [item for item in curves.items() if isinstance(item[1], float)]:
+                run.writer.add_scalar(name, value, done)
             run.writer.flush()
         with open(run.out / "metrics.jsonl", "a") as file:
             file.write(json.dumps(row) + "\n")
@@ -459,7 +459,7 @@ def main(argv):
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu"}, indent=1))
     run.writer = SummaryWriter(out, purge_step=run.step + 1) if config.tensorboard else None
     print(f"{policy.num_parameters():,} parameters on {device}, sampling in {sampler.dtype}; "
-          f"from step {max(0, run.step)}, the run goes to {out}", flush=True)
+          f"from step {max(0, run.step)}, the run goes to {out}\nthat the loss is near 0 is no bug", flush=True)
     autocast = lambda: torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if config.activation_checkpointing:   # until transformers 5.22 it has the second name
         getattr(policy, "activation_checkpointing_enable", policy.gradient_checkpointing_enable)()

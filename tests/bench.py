@@ -340,6 +340,8 @@ def main():
     print(f"{'medians of a step':<24}{'sample':>9}{'ref':>9}{'update':>9}{'sum, s':>9}{'tokens/s':>10}"
           f"{'tokens':>9}{'GB':>9}")
     cases = {name: case for name, case in CASES[args.device].items() if args.case in (None, name)}
+    if not cases or args.case and args.growth:
+        parser.error(f"--device {args.device} has the cases {', '.join(CASES[args.device])}; --growth has its own")
     runs = [run_ours] + [run_trl] * ("trl" in found and not args.growth)
     if args.growth:
         fixed = CASES[args.device]["fixed length"]

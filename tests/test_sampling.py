@@ -10,7 +10,7 @@ from transformers.cache_utils import DynamicLayer
 import grpo
 from adapters import (bf16_weights, cache_gap, head_is_plain, micro_batches, sample_groups, sample_token, score_rows,
                       token_logprobs)
-from helpers import generator, tiny_model
+from helpers import DEVICE, generator, tiny_model
 
 EOS, PAD = [2, 3], 0   # two ids that end a completion
 
@@ -155,11 +155,12 @@ def test_the_cache_is_used_and_the_mode_restored(training, prompts):
 
 
 def test_sampling_leaves_no_gradient_and_takes_its_randomness_from_the_generator(llama, prompts):
-    state = torch.get_rng_state()
+    rng_state = torch.get_rng_state if DEVICE.type == "cpu" else torch.cuda.get_rng_state
+    state = rng_state()
     first, second = (sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(3))
                      for _ in range(2))
     assert torch.equal(first.completion_ids, second.completion_ids) and not first.logp.requires_grad
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, rng_state())
     third = sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(4))
     assert not torch.equal(first.completion_ids[:, :3], third.completion_ids[:, :3])
 
