@@ -29,7 +29,7 @@ def test_built_in_problems_have_right_answers_and_stay_in_range(name, longest, l
     """The default, and harder ones. Each term and each total that is allowed comes up somewhere."""
     lengths = {"sft": range(2, longest + 1), "train": (longest - 2, longest - 1), "in": (longest - 2, longest - 1), "out": (longest,)}
     seen = {"terms": set(), "totals": set()}
-    for split in ("in", "out", "train", "sft"):
+    for split in ("in", "out") if longest == 29 else ("in", "out", "train", "sft"):   # the others take seconds
         problems = arithmetic(name, split)
         assert len(problems) >= 1000 and problems == arithmetic.__wrapped__(name, split)   # always the same
         found = set()
