@@ -26,7 +26,7 @@ def opt(default, help, least=None, above=None, choices="", group=None):
 @dataclasses.dataclass
 class Config:
     model: str = opt("", "folder or hub name; none: a tiny model made on the spot", group="what to train")
-    size: int = opt(1, "N, 1 to 16: the model made without --model is 64 N wide, with N + 2 layers", least=1)
+    size: int = opt(1, "N: the model made without --model is 64 N wide, N + 2 layers deep", choices="1 2 3 4 5 6 7 8")
     problems: str = opt("gsm8k", "gsm8k, math, a JSON-lines file, arithmetic, or harder arithmetic-LONGEST-LARGEST")
     reward: str = opt("", "FILE.py:FUNCTION; none: accuracy_rewards of reward.py; model: a network that imitates it")
     request: str = opt(None, "what follows each question (\"\": nothing); none: as usual for the problems")
@@ -81,7 +81,8 @@ def parse_config(argv):
             group = parser.add_argument_group(meta["group"])
         text = f"{meta['help']} [{'none' if field.default in ('', None) else field.default}"
         text += f"; built-in: {BUILTIN[field.name]}]" if field.name in BUILTIN else "]"
-        how = dict(type=field.type, choices=meta["choices"].split() or None, metavar=None if meta["choices"] else "X")
+        choices = [field.type(choice) for choice in meta["choices"].split()] or None
+        how = dict(type=field.type, choices=choices, metavar=None if choices else "X")
         group.add_argument(flag, help=text, default=None, **dict(action="store_true") if field.type is bool else how)
     given = {name: value for name, value in vars(parser.parse_args(argv)).items() if value is not None}
     defaults, run = ({} if given.get("model") else BUILTIN), given.get("resume")
@@ -95,10 +96,13 @@ def parse_config(argv):
             raise InputError(f"--{name.replace('_', '-')} {given[name]} contradicts the run's {defaults[name]}: "
                              "leave it out, or start another run")
         given["out"] = run
-    elif not given.get("model") and not is_arithmetic(given.get("problems", "arithmetic")):
-        raise InputError(f"--problems {given['problems']} needs a --model; built in: arithmetic, -6-12 to -29-99")
-    elif "size" in given and (given.get("model") or given["size"] > 16):
-        raise InputError("--size, 1 to 16, is that of the model made without --model: leave out one of them")
+    elif given.get("model") and "size" in given:
+        raise InputError("--size is that of the model made without --model: leave out one of them")
+    elif defaults is BUILTIN:
+        if not (name := is_arithmetic(given.get("problems", "arithmetic"))):
+            raise InputError(f"--problems {given['problems']} needs a --model; without one: arithmetic, or "
+                             "arithmetic-LONGEST-LARGEST, of 6 to 29 terms and totals of 12 to 99")
+        defaults = BUILTIN | {"max_new_tokens": max(40, 6 * int(name[2] or 6))}   # a line of a solution has 6 tokens
     config = Config(**{**defaults, **given})
     if (config.supervision, config.advantage) == ("process", "indicator"):
         raise InputError("--advantage indicator knows no steps: leave it out, or --supervision process")
@@ -127,8 +131,7 @@ def make_tiny_model(config, device):
 
 def gather_problems(config, model, tokenizer):
     """(training problems, those with solutions for the warm-up, held-out ones: a dict of "in", "out" or names)."""
-    def load(name, split):
-        return fitting(model, tokenizer, load_problems(name, split, config.request), config.max_new_tokens)
+    load = lambda name, s: fitting(model, tokenizer, load_problems(name, s, config.request), config.max_new_tokens)
     problems = load(config.problems, "train")
     worked = load_problems(config.problems, "sft", config.request) if is_arithmetic(config.problems) else problems
     held_out = {}
@@ -161,9 +164,8 @@ def demand_finite(run, values, rows):
         raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
                                  f"{run.out / 'not-finite.json'}; a lower --lr or --reward-lr may do better")
 
-# N = B * G completions, question-major. prompt_ids, prompt_mask: (B, P); completion_ids, mask, logp_sampler: (N, T),
-# truncated: (N,): the fields of Samples; rewards: (B, G), of the final answers; advantages: (N, T); texts: N strings;
-# examples: N, labelled by the rule, for the reward model; t_reward: seconds; the first four go to score_rows
+# Two (B, P) of the prompts, the four of `Samples`; rewards (B, G), of the final answers; advantages (N, T); N texts;
+# N examples, labelled by the rule, for the reward model; t_reward, in seconds. The first four go to score_rows.
 Batch = collections.namedtuple("Batch", "prompt_ids prompt_mask completion_ids mask logp_sampler truncated rewards "
                                         "advantages texts examples t_reward")
 
@@ -339,8 +341,7 @@ def load_checkpoint(run):
 def train(run, problems, held_out, config, autocast):
     """Iterations, and steps in them, as one loop, which a resumed run enters at its step. Writes metrics.jsonl."""
     sampler, total = run.sampler, config.iterations * config.steps
-    # All random numbers start anew: each part of a run is the same, whether or not it was resumed before it.
-    restart = lambda part: set_seed(zlib.crc32(f"{config.seed} {part}".encode()))
+    restart = lambda part: set_seed(zlib.crc32(f"{config.seed} {part}".encode()))   # the same in a resumed run
     def finish_step(row):
         """End step row["step"] (0: the start): renew pi_old and, if due, the reward model; evaluate, log, save."""
         done = row["step"]
@@ -411,8 +412,7 @@ def train(run, problems, held_out, config, autocast):
                        t_update=time.perf_counter() - referred, mem_gb=torch.cuda.max_memory_allocated() / 1e9)
         if config.reward == "model":   # its verdicts on completions that it was not fitted to, against the rule's
             right = torch.tensor([labels[-1] for _, _, labels in batch.examples]).view_as(batch.rewards)
-            agree = (right > 0.5) == (batch.rewards > 0.5)
-            metrics |= {"right": right.mean().item(), "agree": agree.float().mean().item()}
+            metrics |= {"right": right.mean().item(), "agree": (right == batch.rewards.round()).float().mean().item()}
             run.fresh = (run.fresh + batch.examples)[-config.reward_size:]
         print_metrics(metrics, heading=step % 20 == 0 or step == steps[0])
         if config.show_every and (step + 1) % config.show_every == 0:

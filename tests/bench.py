@@ -1,4 +1,4 @@
-"""Steps of equal work, this project against TRL's GRPOTrainer: seconds, tokens per second, peak memory. By hand:
+"""Steps of equal work, this project against TRL's GRPOTrainer: seconds, tokens per second, peak memory.
 
     pip install trl==1.16.0 && python tests/bench.py     the cases below; without trl only this project
     python tests/bench.py --growth                       how a step's time grows with G and with the length
@@ -323,13 +323,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--steps", type=int, default=7, help="counted steps of each case (default: 7)")
-    parser.add_argument("--case", choices=sorted({name for cases in CASES.values() for name in cases}),
-                        help="only this one (default: all)")
-    parser.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
-    parser.add_argument("--memory", action="store_true", help="bytes kept by GRPO and by PPO, no time measured")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--case", choices=sorted({name for cases in CASES.values() for name in cases}),
+                      help="only this one (default: all)")
+    mode.add_argument("--growth", action="store_true", help="this project alone, for several G and lengths")
+    mode.add_argument("--memory", action="store_true", help="bytes kept by GRPO and by PPO, no time measured")
     args = parser.parse_args()
+    import torch
     if args.memory:
         return show_memory()
+    cases = {name: case for name, case in CASES[args.device].items() if args.case in (None, name)}
+    if not cases or args.steps < 1 or args.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device {args.device} has the cases {', '.join(CASES[args.device])}; cuda needs a GPU, --steps at least 1")
     found = {}
     for package in ("torch", "transformers", "trl"):
         try:
@@ -339,9 +344,6 @@ def main():
     print(", ".join(f"{package} {version}" for package, version in found.items()), "on", args.device)
     print(f"{'medians of a step':<24}{'sample':>9}{'ref':>9}{'update':>9}{'sum, s':>9}{'tokens/s':>10}"
           f"{'tokens':>9}{'GB':>9}")
-    cases = {name: case for name, case in CASES[args.device].items() if args.case in (None, name)}
-    if not cases or args.case and args.growth:
-        parser.error(f"--device {args.device} has the cases {', '.join(CASES[args.device])}; --growth has its own")
     runs = [run_ours] + [run_trl] * ("trl" in found and not args.growth)
     if args.growth:
         fixed = CASES[args.device]["fixed length"]

@@ -21,6 +21,8 @@ import adapters
 import eval as evaluation
 from helpers import DEVICE, make_chat_model, tiny_model
 
+if DEVICE.type not in ("cpu", "cuda") or DEVICE.type == "cuda" and not torch.cuda.is_available():
+    pytest.exit(f"TEST_DEVICE={DEVICE}: take cpu, or cuda with a GPU", returncode=1)
 transformers.utils.logging.disable_progress_bar()
 evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of the tests in one process need the same
 

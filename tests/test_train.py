@@ -47,6 +47,10 @@ def test_built_in_defaults_give_way_to_flags():
     assert parse_config(["--lr", "0.5", "--mask-truncated"]) == dataclasses.replace(config, lr=0.5, mask_truncated=True)
     # They are those of the tiny model, whatever the problems: a model that is given has the defaults of real ones.
     assert parse_config(["--model", "m", "--problems", "arithmetic"]) == Config(model="m", problems="arithmetic")
+    # Harder problems have longer solutions, 6 tokens a line.
+    for flags, limit in (("arithmetic-6-99", 40), ("arithmetic-9-40", 54), ("arithmetic-9-40 --max-new-tokens 30", 30),
+                         ("arithmetic-9-40 --model m", 512)):
+        assert parse_config(["--problems", *flags.split()]).max_new_tokens == limit
 
 
 def test_help_names_every_option_with_both_defaults(capsys):
