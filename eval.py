@@ -42,7 +42,7 @@ DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chi
     "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
     "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
     "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-REQUESTS = dict.fromkeys(["cmath", "mgsm_zh"], "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。")
+CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
 
 def arithmetic(name, split):
     """The built-in problems: chains like "7+5-4+3", always the same. Where two or more terms are left, a line of the
@@ -122,7 +122,7 @@ def load_problems(name, split, request=None, ask=""):
     else:
         raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, or in, out, sft, train of "
                          "arithmetic or arithmetic-LONGEST-LARGEST, 6 to 29 terms and totals of 12 to 99")
-    usual = "" if is_arithmetic(name) else REQUESTS.get(name, MATH_REQUEST)
+    usual = "" if is_arithmetic(name) else CHINESE_REQUEST if name in ("cmath", "mgsm_zh") else MATH_REQUEST
     return [problem._replace(request=usual if request is None else request) for problem in problems]
 # --- 2. Models and prompts --------------------------------------------------------------------------
 def pick_device(name):

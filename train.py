@@ -98,11 +98,11 @@ def parse_config(argv):
         given["out"] = run
     elif given.get("model") and "size" in given:
         raise InputError("--size is that of the model made without --model: leave out one of them")
-    elif defaults is BUILTIN:
-        if not (name := is_arithmetic(given.get("problems", "arithmetic"))):
+    elif not given.get("model"):
+        if not (match := is_arithmetic(given.get("problems", "arithmetic"))):
             raise InputError(f"--problems {given['problems']} needs a --model; without one: arithmetic, or "
                              "arithmetic-LONGEST-LARGEST, of 6 to 29 terms and totals of 12 to 99")
-        defaults = BUILTIN | {"max_new_tokens": max(40, 6 * int(name[2] or 6))}   # a line of a solution has 6 tokens
+        defaults = BUILTIN | {"max_new_tokens": max(40, 6 * int(match[2] or 6))}   # a line of a solution has 6 tokens
     config = Config(**{**defaults, **given})
     if (config.supervision, config.advantage) == ("process", "indicator"):
         raise InputError("--advantage indicator knows no steps: leave it out, or --supervision process")
@@ -164,8 +164,8 @@ def demand_finite(run, values, rows):
         raise FloatingPointError(f"inf or nan in the {run.phase}, first with question {bad[0][0]!r}; see "
                                  f"{run.out / 'not-finite.json'}; a lower --lr or --reward-lr may do better")
 
-# Two (B, P) of the prompts, the four of `Samples`; rewards (B, G), of the final answers; advantages (N, T); N texts;
-# N examples, labelled by the rule, for the reward model; t_reward, in seconds. The first four go to score_rows.
+# prompt_ids, prompt_mask (B, P); the four of `Samples`, of N = B * G rows; rewards (B, G), of the final answers;
+# advantages (N, T); N texts; N examples, labelled by the rule; t_reward in seconds. The first four go to score_rows.
 Batch = collections.namedtuple("Batch", "prompt_ids prompt_mask completion_ids mask logp_sampler truncated rewards "
                                         "advantages texts examples t_reward")
 

@@ -29,8 +29,13 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 SMALL = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=2)
-QWEN = dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
-            num_key_value_heads=2, max_position_embeddings=4096)   # Qwen2.5-0.5B
+SIZES = {   # of Qwen2.5: parameters, layers, shape
+    "0.5B": (494_032_768, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
+                                   head_dim=64)),
+    "1.5B": (1_543_714_304, 28, dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+                                     head_dim=128)),
+}
+QWEN = dict(SIZES["0.5B"][2], num_hidden_layers=SIZES["0.5B"][1], max_position_embeddings=4096)
 LARGE = 151_936   # the vocabulary of Qwen2.5
 LONGEST_PROMPT = 44   # and 20 is the shortest: 32 on average, as spread as the questions of GSM8K
 CASES = {   # eos: how likely each token is the last one; micro: tokens in a micro-batch
@@ -259,14 +264,6 @@ def kept_bytes(trained, frozen):
         tensors = [x for p in model.parameters() for x in (p, p.grad, *optimizer.state[p].values())]
         total += sum(x.nbytes for x in tensors if x.dim())   # without the step counters
     return total
-
-
-SIZES = {   # of Qwen2.5: parameters, layers, shape
-    "0.5B": (494_032_768, 24, dict(hidden_size=896, intermediate_size=4864, num_attention_heads=14, num_key_value_heads=2,
-                                   head_dim=64)),
-    "1.5B": (1_543_714_304, 28, dict(hidden_size=1536, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
-                                     head_dim=128)),
-}
 
 
 def show_memory():

@@ -1,4 +1,4 @@
-"""Small models that the tests build on the spot: no download, no file outside the test's own folder, no GPU unless asked."""
+"""Small models that the tests build on the spot: no download, no GPU unless asked, no file outside the test's folder."""
 
 import contextlib
 import functools
@@ -28,8 +28,9 @@ evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of 
 
 
 class OnDevice(torch.overrides.TorchFunctionMode):
-    """What tests make is made on DEVICE; what the code under test makes without device= is not, and fails where both meet."""
-    makers = {torch.arange, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.tensor, torch.zeros}
+    """What tests make is made on DEVICE. What the code under test makes without device= is not, and fails where they meet."""
+    makers = {torch.arange, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.tensor,
+              torch.zeros}
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         here = Path(sys._getframe(1).f_code.co_filename).parent == Path(__file__).parent

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, BertConfig, BertLMHeadModel, MambaConfig
 
 import eval as evaluation
 import grpo
-from eval import (DOWNLOADS, REQUESTS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
+from eval import (CHINESE_REQUEST, DOWNLOADS, InputError, Problem, arithmetic, build_prompt, eos_token_ids, evaluate, fitting, interval,
                   load_model, load_problems, maj_at_k, pad, pass_at_k, pick_device, read_problems)
 from helpers import CHAT_TEMPLATE, make_chat_model
 from reward import MATH_REQUEST, accuracy_reward
@@ -431,7 +431,7 @@ def test_eval_prints_a_table_and_writes_json(chat_folder, story_file, tmp_path, 
     (dict(problems="arithmetic", eval_problems="", request=None, max_new_tokens=7), "", ("1+1", "", 7)),   # as in the run
     (dict(problems="arithmetic-9-40", eval_problems="", request=None, max_new_tokens=7), "", ("1+1", "", 7)),
     (dict(problems="gsm8k", eval_problems="", request="Go!", max_new_tokens=7), "--max-new-tokens 8", ("1+1", "Go!", 8)),
-    (dict(problems="gsm8k", eval_problems="", request=None, max_new_tokens=7), "--problems cmath", ("1+1", REQUESTS["cmath"], 7)),
+    (dict(problems="gsm8k", eval_problems="", request=None, max_new_tokens=7), "--problems cmath", ("1+1", CHINESE_REQUEST, 7)),
 ])
 def test_a_question_of_ones_own_is_asked_as_in_the_run(config, flags, expected, chat_folder, tmp_path, monkeypatch, capsys):
     run, asked = shutil.copytree(chat_folder, tmp_path / "run"), []
