@@ -1,380 +1,712 @@
-"""The problems, the one prompt function, and how well a model solves the problems; train.py shares all of it.
+"""Problems, prompts, models, and how well a model solves the problems; train.py shares all of it.
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
-    python eval.py --model runs/arithmetic-0 --ask 7+5-4      a question of your own
-    python eval.py --compare before.json after.json           two files that it wrote, question by question
+    python eval.py --model runs/arithmetic-0 --ask 7+5-4    a question of your own
+    python eval.py --compare before.json after.json         two files it wrote, by question
+
+Order: 1. prompts and sampling, 2. accuracy. The rest may be skipped: 3. where problems come from,
+4. loading models, 5. the command line.
 """
 
-import argparse, contextlib, hashlib, itertools, json, math, random, re, socket, sys, time
+import hashlib
+import itertools
+import json
+import math
+import random
+import re
+import socket
+import sys
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
-from typing import NamedTuple
-import torch, transformers
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from grpo import Samples, bf16_weights, cache_gap, head_is_plain, sample_groups
-from reward import MATH_REQUEST, InputError, accuracy_reward, extract_answer, final_answer, is_equivalent
+from typing import Literal, NamedTuple
 
-SAMPLE_TOKENS = 2 ** 18   # tokens in the KV cache while sampling, in at most 1,024 rows: logits need room, too
-VERSIONS = {"python": sys.version, "torch": torch.__version__, "transformers": transformers.__version__}
-# --- 1. Problems ------------------------------------------------------------------------------------
+import torch
+import transformers
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    HfArgumentParser,
+)
+
+from grpo import Samples, bf16_weights, check_model, sample_groups
+from reward import (
+    MATH_REQUEST,
+    InputError,
+    accuracy_reward,
+    extract_answer,
+    final_answer,
+    is_equivalent,
+)
+
+ROWS_AT_ONCE = 512  # completions that are sampled together, unless an option says otherwise
+
+
+# --- 1. Prompts and sampling --------------------------------------------------------------------
+
+
 class Problem(NamedTuple):
     question: str
-    answer: str          # the gold answer, compared by reward.is_equivalent
-    solution: str = ""   # worked text for the supervised warm-up (built-in ones are often wrong); or ""
-    request: str = ""    # what follows the question in the prompt
-    line: int = 0        # in its file
+    answer: str  # the gold answer, compared by reward.is_equivalent
+    solution: str = ""  # worked text for the supervised warm-up, if there is one
+    request: str = ""  # what follows the question in the prompt
+    line: int = 0  # in its file
 
-is_arithmetic = re.compile("arithmetic(-([6-9]|[12][0-9])-(1[2-9]|[2-9][0-9]))?").fullmatch   # -LONGEST-LARGEST
-ARITHMETIC_SPLITS = {    # how many problems, held out?, terms of a problem if the longest have n
-    "sft": (30_000, False, lambda n: sorted([*range(2, n), *range(3, n + 1)])),   # warm-up: 2 ... n, inner ones twice
-    "train": (10_000, False, lambda n: [n - 2, n - 1]),   # reinforcement learning
-    "in": (1_000, True, lambda n: [n - 2, n - 1]),        # in domain: held out, as long as in training
-    "out": (1_000, True, lambda n: [n])}                  # out of domain: a length in the corpus, never in RL
-GITHUB, LFS = "https://raw.githubusercontent.com/", "https://media.githubusercontent.com/media/"
-GSM8K = GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c/grade_school_math/data/"
-MATH = LFS + "openai/prm800k/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/"
-ZH = GITHUB + "deepseek-ai/DeepSeek-Math/b8b0f8ce093d80bf8e9a641e44142f06d092c305/evaluation/datasets/"
-DOWNLOADS = {   # problems and split: address, SHA-256; the last two get the Chinese request
-    "gsm8k train": (GSM8K + "train.jsonl", "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465"),
-    "gsm8k test": (GSM8K + "test.jsonl", "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14"),
-    "math train": (MATH + "train.jsonl", "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076"),
-    "math test": (MATH + "test.jsonl", "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132"),
-    "cmath test": (ZH + "cmath/test.jsonl", "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb"),
-    "mgsm_zh test": (ZH +"mgsm_zh/mgsm_zh.jsonl", "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d")}
-CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
 
-def arithmetic(name, split):
-    """The built-in problems: chains like "7+5-4+3", always the same. Where two or more terms are left, a line of the
-    solution takes one ("7+5=12") four times in ten, and is right, else two ("7+5-4=9"), and is off by up to 3.
+def build_prompt(tokenizer, problem):
+    """Return the token ids of question and request, up to where the answer begins.
+
+    This is the one prompt function: training and evaluation both use it.
     """
-    longest, largest = map(int, f"{name}-6-12".split("-")[1:3])   # 6-12 if not named: terms; largest true total
-    count, held_out, terms = ARITHMETIC_SPLITS[split]
-    rng, problems, most = random.Random(f"arithmetic {split}"), [], largest * 3 // 4   # most: the largest term
-    while len(problems) < count:
-        numbers = [rng.randint(1, most)]   # such as 7, +5, -4, +3
-        for _ in range(rng.choice(terms(longest)) - 1):
-            low, high = max(-most, -sum(numbers)), min(most, largest - sum(numbers))
-            numbers.append(rng.choice([d for d in range(low, high + 1) if d]))
-        question = str(numbers[0]) + "".join(f"{d:+d}" for d in numbers[1:])
-        # A fifth of all questions, by a hash of their text, is held out from training in every split.
-        if (hashlib.sha256(question.encode()).digest()[0] % 5 == 0) != held_out:
-            continue
-        total, rest, solution = numbers[0], numbers[1:], ""
-        while rest:
-            take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
-            line, total = str(total) + "".join(f"{d:+d}" for d in rest[:take]), total + sum(rest[:take])
-            total = total if take == 1 else min(max(total + rng.randint(-3, 3), 0), largest)
-            solution, rest = f"{solution}{line}={total}\n", rest[take:]
-        problems.append(Problem(question, str(sum(numbers)), f"{solution}\\boxed{{{total}}}"))
-    return problems
-
-def fetch(url, sha256, name):
-    """Path of a file in the user's cache directory, downloaded on first use. Raises InputError."""
-    path = Path(torch.hub.get_dir()) / "minimal-grpo" / name   # below ~/.cache
-    try:
-        if not path.exists():   # the download gets its name only when its checksum is right
-            path.parent.mkdir(parents=True, exist_ok=True)
-            socket.setdefaulttimeout(30)   # seconds; else a server that falls silent would hold us for ever
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
-        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-            raise RuntimeError(f"the file there does not have SHA-256 {sha256}")
-    except Exception as error:   # no network, no room, a wrong checksum
-        raise InputError(f"{name} could not be fetched ({error}); put {url} at {path} by hand")
-    return path
-
-def read_problems(path):
-    """Problems of a file of JSON lines: question (or problem), answer ("2", or "work #### 2"). Or InputError."""
-    problems = []
-    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        try:
-            if not line.strip(b"\xef\xbb\xbf \t\r"):   # blank, but perhaps for a byte order mark
-                continue
-            row = json.loads(line.decode("utf-8-sig"))
-            # In the published sets the question may also be messages[0].content, the answer "golden".
-            question = row.get("question") or row.get("problem") or row.get("messages", [{}])[0].get("content")
-            answer = row.get("answer", row.get("golden"))
-            if not isinstance(question, str) or not question.strip() or isinstance(answer, (bool, list)):
-                raise ValueError("no question, or an answer that is neither text nor a number")
-            f"{question}{answer}".encode()   # half a character, "\\ud83d", is an error here
-        except (ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
-            raise InputError(f'{path}, line {number}: want {{"question": "1+1?", "answer": "2"}}, found: {error}')
-        # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer as we ask for it.
-        gold, work = final_answer(answer), re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
-        problems.append(Problem(question, gold, f"{work}\\boxed{{{gold}}}" if work and gold else "", line=number))
-    lines = [problem.line for problem in problems if not is_equivalent(problem.answer, problem.answer)]
-    if len(lines) == len(problems):
-        raise InputError(f"{path} is empty or has no answers; each of its lines should hold a question and an answer")
-    if lines:
-        print(f"{path}: no reward for {len(lines)} of {len(problems)} questions, lines {lines[:9]}: answer unusable")
-    return problems
-
-def load_problems(name, split, request=None, ask=""):
-    """Problems of a split of a set, all of a file, or only `ask`; request: None for the usual one. Or InputError."""
-    if ask:
-        problems = [Problem(ask, "")]
-    elif (key := f"{name} {split}".replace("math500", "math")) in DOWNLOADS:   # math500 is the test set of math
-        problems = read_problems(fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.jsonl"))
-    elif is_arithmetic(name) and split in ARITHMETIC_SPLITS:
-        problems = arithmetic(name, split)
-    elif Path(name).is_file():
-        problems = read_problems(name)
+    text = f"{problem.question}\n{problem.request}" if problem.request else problem.question
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": text}]
+        ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     else:
-        raise InputError(f"no {name} {split}: take a file, {', '.join(DOWNLOADS)}, or in, out, sft, train of "
-                         "arithmetic or arithmetic-LONGEST-LARGEST, 6 to 29 terms and totals of 12 to 99")
-    usual = "" if is_arithmetic(name) else CHINESE_REQUEST if name in ("cmath", "mgsm_zh") else MATH_REQUEST
-    return [problem._replace(request=usual if request is None else request) for problem in problems]
-# --- 2. Models and prompts --------------------------------------------------------------------------
-def pick_device(name):
-    """(torch.device, whether to use bf16 on it) for "auto", "cpu" or "cuda". Raises InputError."""
-    cuda = torch.cuda.is_available() and name != "cpu"
-    if name not in ("auto", "cpu", "cuda") or (name == "cuda" and not cuda):
-        raise InputError(f"--device {name} cannot be used here; take cpu, or cuda with a GPU (no MPS)")
-    torch.use_deterministic_algorithms(not cuda)   # else threads of a CPU add up gradients in any order
-    return torch.device("cuda" if cuda else "cpu"), cuda and torch.cuda.get_device_capability() >= (8, 0)
+        ids = tokenizer(text + "\n", add_special_tokens=False).input_ids
+    # TRAP: a BOS of the template and one of the tokenizer make two, which the model has never
+    # seen. If either wants one, put exactly one in front
+    # (test_exactly_one_bos_where_the_model_has_one).
+    bos = tokenizer.bos_token_id
+    if bos is None or bos not in ids[:1] + tokenizer("Q").input_ids[:1]:
+        return ids
+    return [bos, *itertools.dropwhile(lambda token: token == bos, ids)]
 
-def load_model(name, device):
-    """(model in float32, tokenizer) of a folder or hub name. Raises InputError if GRPO cannot train it."""
-    try:
-        wrong = "no folder or hub name to load"   # what an exception from here on means
-        config, tokenizer = AutoConfig.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        # TRAP: with dropout, train() is another policy than eval() (test_dropout_of_gpt2_is_off_too).
-        for settings in map(vars, (config, config.get_text_config())):
-            settings |= {k: 0.0 for k, x in settings.items() if isinstance(x, float) and re.search("drop|jitter", k)}
-        # TRAP: without dtype= bf16 weights stay bf16 and hardly move (test_one_small_step_moves_nearly_all_weights).
-        model, info = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True)
-        sizes = 1 + max(tokenizer.get_vocab().values(), default=-1), len(model.get_input_embeddings().weight)
-        for wrong, found in (
-                ("its tokenizer is missing, or has no EOS token to end a completion",
-                 tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids),
-                ("its tokenizer has more tokens than the model", sizes if sizes[0] > sizes[1] else None),
-                ("weights are missing; was it saved as a causal language model?", sorted(info["missing_keys"])[:1])):
-            if found:
-                raise ValueError(found)
-        wrong = "its chat template fails"
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token   # only fills up: masks go by position
-        eos_token_ids(model, tokenizer), build_prompt(tokenizer, Problem("1+1?", "2"))
-        wrong = "does not run here; take a decoder with a KV cache, like Qwen, that fits into memory"
-        model = model.to(device).eval()
-        if not cache_gap(model) < 1e-2:
-            raise ValueError(f"log-probs with and without KV cache differ by {cache_gap(model):.2g}")
-    except Exception as error:   # a broken folder or an unknown architecture may fail in any way
-        raise InputError(f"--model {name}: {wrong} ({' '.join(repr(error).split())[:200]})")
-    if not head_is_plain(model):
-        print(f"{name} changes its logits behind the head: log-probs not computed in chunks, more memory")
-    return model, tokenizer
-
-def save_model(model, tokenizer, folder):
-    """Write a folder for from_pretrained, without its sampling settings: save_pretrained refuses some."""
-    model.generation_config = GenerationConfig(
-        eos_token_id=sorted(eos_token_ids(model, tokenizer)), pad_token_id=tokenizer.pad_token_id)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 def eos_token_ids(model, tokenizer):
-    """The set of ids that end a completion: the tokenizer's, the model's, and the template's end of turn.
-    TRAP: a chat model ends a turn with another token than a document (test_end_of_turn_is_an_eos).
+    """Return the set of ids that end a completion: of tokenizer, model and chat template.
+
+    TRAP: a chat model ends a turn with another token than a document
+    (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
         ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    if tokenizer.chat_template:   # which special token does the template put behind an answer?
+    if tokenizer.chat_template:  # which special token does the template put behind an answer?
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
-        behind = tokenizer.apply_chat_template(turns, tokenize=False).rpartition("ANSWER")[2]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+        behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
-        ids |= set([i for i in tokenizer(behind, add_special_tokens=False).input_ids if i in special][:1])
+        ids |= set([token for token in behind if token in special][:1])
     return ids - {None}
 
-def build_prompt(tokenizer, problem):
-    """The one prompt function: the token ids of question and request, up to where the answer begins."""
-    text = f"{problem.question}\n{problem.request}" if problem.request else problem.question
-    if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                            tokenize=True, return_dict=False)
-    else:
-        ids = tokenizer(text + "\n", add_special_tokens=False).input_ids
-    # TRAP: a BOS of the template and one of the tokenizer make two, which the model has never seen. So
-    # if either wants one, put exactly one in front (test_exactly_one_bos_where_the_model_has_one).
-    bos = tokenizer.bos_token_id
-    wanted = bos is not None and bos in ids[:1] + tokenizer("Q").input_ids[:1]
-    return [bos, *itertools.dropwhile(lambda token: token == bos, ids)] if wanted else ids
 
-def fitting(model, tokenizer, problems, max_new_tokens):
-    """The problems whose prompts and completions fit into the model's positions. Raises InputError if none does."""
-    room = (getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf) - max_new_tokens
-    fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
-    lines = [problem.line for problem, fit in zip(problems, fits) if not fit]
-    limit = f"the {room} tokens that --max-new-tokens {max_new_tokens} leaves of the model's context"
-    if len(lines) == len(problems):
-        raise InputError(f"no prompt fits into {limit}: lower it")
-    if lines:
-        print(f"skipped {len(lines)} of {len(problems)} questions, longer than {limit}, first in lines {lines[:9]}")
-    return [problem for problem, fit in zip(problems, fits) if fit]
+def pad_rows(rows, side, device):
+    """Turn lists of ids into (ids, mask), both (n, longest); side: "left" for prompts, or "right".
 
-def pad(tokenizer, rows, side, device):
-    """Lists of token ids as tensors (n, longest): ids, and mask, a bool; side: "left" for prompts, else "right"."""
-    padded = tokenizer.pad({"input_ids": rows}, padding_side=side, return_attention_mask=True, return_tensors="pt")
-    return padded.input_ids.to(device), padded.attention_mask.bool().to(device)
+    TRAP: padding is the first token of its row, not the pad id. The embedding of that is all 0 in
+    a fresh model, where some norms have an infinite derivative: 0 times it is nan
+    (test_padding_does_not_make_the_gradient_nan).
+    """
+    tensors = [torch.tensor(row) for row in rows]
+    ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    first = torch.tensor([row[:1] for row in rows])  # (n, 1)
+    ids = pad_sequence(tensors, batch_first=True, padding_side=side)  # (n, longest)
+    mask = pad_sequence(ones, batch_first=True, padding_side=side)  # padded with False
+    return ids.where(mask, first).to(device), mask.to(device)
 
-def sample_problems(model, tokenizer, problems, group_size, max_new_tokens, temperature,
-                    sample_tokens=SAMPLE_TOKENS, generator=None):
-    """Sample a group for each of B problems. Returns prompt ids and mask (B, P), `Samples`, and N texts."""
-    prompt_ids, prompt_mask = pad(tokenizer, [build_prompt(tokenizer, p) for p in problems], "left", model.device)
-    eos_ids, pad_id = eos_token_ids(model, tokenizer), tokenizer.pad_token_id
-    at_once = max(1, min(1024, sample_tokens // (prompt_ids.shape[1] + max_new_tokens)) // group_size)
-    batches = list(zip(prompt_ids.split(at_once), prompt_mask.split(at_once)))
-    parts = [sample_groups(model, *batch, group_size, max_new_tokens, eos_ids, pad_id, temperature, generator)
-             for batch in tqdm(batches, desc="sampling", delay=5, leave=False)]
-    samples = Samples(*map(torch.cat, zip(*parts)))
-    rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask)]
+
+def sample_problems(
+    model,
+    tokenizer,
+    problems,
+    group_size,
+    max_new_tokens,
+    temperature,
+    rows_at_once=ROWS_AT_ONCE,
+    generator=None,
+):
+    """Sample a group of completions for each of B problems, about rows_at_once of them together.
+
+    Returns prompt ids and mask (B, P), `Samples` of N = B * group_size rows, and N texts.
+    """
+    prompts = [build_prompt(tokenizer, problem) for problem in problems]
+    prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
+    eos_ids = eos_token_ids(model, tokenizer)
+    at_once = max(1, rows_at_once // group_size)  # questions
+    parts = []
+    with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:
+        for i in range(0, len(problems), at_once):
+            prompts = prompt_ids[i : i + at_once], prompt_mask[i : i + at_once]
+            settings = group_size, max_new_tokens, eos_ids, tokenizer.pad_token_id, temperature
+            parts.append(sample_groups(model, *prompts, *settings, generator))
+            bar.update(len(prompts[0]))
+    samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
+    rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
-# --- 3. Accuracy ------------------------------------------------------------------------------------
-def interval(scores):
-    """95% interval (low, high) of a mean; scores: one in [0, 1] per question, as samples of one are not independent.
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else mean +- 1.96 standard errors.
+
+
+# --- 2. Accuracy --------------------------------------------------------------------------------
+
+
+def evaluate(
+    model,
+    tokenizer,
+    problems,
+    max_new_tokens,
+    samples=8,
+    temperature=1.0,
+    seed=0,
+    rows_at_once=ROWS_AT_ONCE,
+):
+    """Measure a model on problems: a greedy completion and K = `samples` samples of each.
+
+    Returns scores, a dict: n; greedy, sampled (the mean of K), maj@k and pass@k for k = 1, 2, 4
+    ... K, with their intervals; the shares flexible (the last number is right), truncated and
+    unparsable. Then records, a dict per completion, and measures, one number per problem.
     """
-    n, mean, z = len(scores), fmean(scores), 1.96
-    if set(scores) <= {0, 1} or len(set(scores)) == 1:
-        centre, scale, square = mean + z * z / (2 * n), 1 + z * z / n, mean * (1 - mean) / n + (z / (2 * n)) ** 2
-    else:
-        centre, scale, square = mean, 1, fmean((score - mean) ** 2 for score in scores) / (n - 1)
-    return max(0.0, (centre - z * math.sqrt(square)) / scale), min(1.0, (centre + z * math.sqrt(square)) / scale)
-
-def pass_at_k(right, k):
-    """Unbiased estimate, from n samples of which c are right, that one of k is: 1 - C(n - c, k) / C(n, k)."""
-    return 1 - math.comb(len(right) - int(sum(right)), k) / math.comb(len(right), k)
-
-def maj_at_k(answers, gold, k):
-    """How often the most frequent of k answers (None abstains; of a tie, the first) is right, over n // k batches."""
-    batches = [[vote for vote in answers[i:i + k] if vote] for i in range(0, len(answers) - k + 1, k)]
-    winners = [max(votes, key=lambda one: sum(is_equivalent(one, other) for other in votes), default="")
-               for votes in batches]
-    return fmean(is_equivalent(winner, gold) for winner in winners)
-
-def compare(paths):
-    """Two files that this script wrote about the same problems: a line of text for each measure. Or InputError."""
-    try:
-        files = [json.loads(Path(path).read_text()) for path in paths]
-        questions, (before, after) = [file["questions"] for file in files], [file["measures"] for file in files]
-        if questions[0] != questions[1]:
-            raise ValueError("they are about different problems")
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"--compare wants two JSON files that eval.py wrote: {error}")
-    lines = []
-    for name in [name for name in before if name in after]:
-        change = [b - a for a, b in zip(before[name], after[name])]
-        n, mean, up, down = len(change), fmean(change), sum(c > 0 for c in change), sum(c < 0 for c in change)
-        half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, n - 1))
-        # McNemar's exact test, right or wrong: how likely a split at least as uneven is, if changes are coin tosses.
-        p = min(1.0, 2 * sum(math.comb(up + down, i) for i in range(min(up, down) + 1)) / 2 ** (up + down))
-        lines.append(f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}, 95% interval "
-                     f"{mean - half:+.3f} to {mean + half:+.3f}")
-        if {*before[name], *after[name]} <= {0, 1}:
-            lines[-1] += f"; {up} of {n} questions better, {down} worse: p = {p:.2g}"
-    return "\n".join(lines)
-
-def evaluate(model, tokenizer, problems, max_new_tokens, samples=8, temperature=1.0, seed=0,
-             sample_tokens=SAMPLE_TOKENS):
-    """Accuracy of a greedy completion and K = `samples` samples a problem, from the same random numbers each time.
-    Returns scores: n; greedy, sampled (mean of K), maj@k and pass@k (k = 1, 2, 4 ... K), with their intervals; shares
-    of flexible (last number right), truncated, unparsable. Records: a dict a completion. Measures: one a question.
-    """
-    scores, records, measures = {"n": len(problems)}, {}, {}
-    for kind, K, T in [("greedy", 1, 0.0)] + ([("sampled", samples, temperature)] if samples else []):
-        *_, drawn, texts = sample_problems(model, tokenizer, problems, K, max_new_tokens, T, sample_tokens,
-                                           torch.Generator(model.device).manual_seed(seed))
-        graded = records.setdefault(kind, [])
-        for i, text in enumerate(texts):
-            (question, gold, *_), answer = problems[i // K], extract_answer(text)
-            right, numbers = accuracy_reward(text, gold), re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:])
-            graded.append({"question": question, "gold": gold, "completion": text, "answer": answer,
-                           "verdict": "right" if right else "unparsable" if answer is None else "wrong",
-                           "right": right, "truncated": drawn.truncated[i].item(), "unparsable": answer is None,
-                           "flexible": is_equivalent(numbers[-1].rstrip(","), gold) if numbers else False})
-        groups = [graded[i:i + K] for i in range(0, len(graded), K)]
-        measures[kind] = [fmean(row["right"] for row in g) for g in groups]
+    scores = {"n": len(problems)}
+    records = {}
+    measures = {}
+    for kind, K, T in (("greedy", 1, 0.0), ("sampled", samples, temperature)):
+        if K == 0:
+            continue
+        generator = torch.Generator(model.device).manual_seed(seed)
+        *_, drawn, texts = sample_problems(
+            model, tokenizer, problems, K, max_new_tokens, T, rows_at_once, generator
+        )
+        asked = [problem for problem in problems for _ in range(K)]
+        rows = zip(asked, texts, drawn.truncated.tolist(), strict=True)
+        records[kind] = [grade(*row) for row in rows]
+        groups = [records[kind][i : i + K] for i in range(0, len(asked), K)]
+        measures[kind] = [fmean(row["right"] for row in group) for group in groups]
         if kind == "sampled":
-            for k in sorted({K, *(2 ** i for i in range(K.bit_length()))}):
-                measures[f"maj@{k}"] = [maj_at_k([row["answer"] for row in g], g[0]["gold"], k) for g in groups]
-                measures[f"pass@{k}"] = [pass_at_k([row["right"] for row in g], k) for g in groups]
+            measures |= vote(groups, K)
         for share in ("flexible", "truncated", "unparsable"):
-            scores[f"{kind}_{share}"] = fmean(row[share] for row in graded)
+            scores[f"{kind}_{share}"] = fmean(row[share] for row in records[kind])
     for name, values in measures.items():
-        scores[name], scores[f"{name}_interval"] = fmean(values), interval(values)
+        scores[name] = fmean(values)
+        scores[f"{name}_interval"] = interval(values)
     return scores, records, measures
 
-def score_table(scores):
-    """The scores of `evaluate`, a line each: first the shares without an interval, then the accuracies."""
-    lines = [f"n = {scores['n']:<16}   share  95% interval"]
-    for key in [key for key, value in scores.items() if isinstance(value, float)]:
-        span = "  {:>6.1%} - {:.1%}".format(*scores[f"{key}_interval"]) if f"{key}_interval" in scores else ""
-        lines.append(f"{key.replace('_', ', '):<20}{scores[key]:>8.1%}{span}")
+
+def grade(problem, text, truncated):
+    """Describe one completion as a dict: what it answers, and whether that is right."""
+    answer = extract_answer(text)
+    right = accuracy_reward(text, problem.answer)
+    numbers = re.findall(r"-?[0-9][0-9,]*(?:\.[0-9]+)?", text[-2000:])
+    return {
+        "question": problem.question,
+        "gold": problem.answer,
+        "completion": text,
+        "answer": answer,
+        "verdict": "right" if right else "unparsable" if answer is None else "wrong",
+        "right": right,
+        "truncated": truncated,
+        "unparsable": answer is None,
+        "flexible": bool(numbers) and is_equivalent(numbers[-1].rstrip(","), problem.answer),
+    }
+
+
+def vote(groups, K):
+    """Compute maj@k and pass@k of each group, for k = 1, 2, 4 ... K: {name: a list}."""
+    measures = {}
+    for k in sorted({K, *(2**i for i in range(K.bit_length()))}):
+        measures[f"maj@{k}"] = []
+        measures[f"pass@{k}"] = []
+        for group in groups:
+            answers = [row["answer"] for row in group]
+            measures[f"maj@{k}"].append(maj_at_k(answers, group[0]["gold"], k))
+            measures[f"pass@{k}"].append(pass_at_k([row["right"] for row in group], k))
+    return measures
+
+
+def pass_at_k(right, k):
+    """Estimate, from n samples of which c are right, the chance that one of k is right.
+
+    1 - C(n - c, k) / C(n, k): the share of all subsets of k that have a right one.
+    """
+    return 1 - math.comb(len(right) - int(sum(right)), k) / math.comb(len(right), k)
+
+
+def maj_at_k(answers, gold, k):
+    """Say how often the most frequent of k answers is right, as a mean over n // k batches.
+
+    An answer of None abstains; of answers that are equally frequent the first one counts.
+    """
+    right = []
+    for i in range(0, len(answers) - k + 1, k):
+        votes = [answer for answer in answers[i : i + k] if answer]
+        counts = [sum(is_equivalent(one, other) for other in votes) for one in votes]
+        winner = votes[counts.index(max(counts))] if votes else ""
+        right.append(is_equivalent(winner, gold))
+    return fmean(right)
+
+
+def interval(values):
+    """Compute the 95% interval (low, high) of a mean of values in [0, 1], one per question.
+
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else the mean +- 1.96
+    standard errors. (The samples of one question are not independent: hence one per question.)
+    """
+    n = len(values)
+    mean = fmean(values)
+    z = 1.96
+    if set(values) <= {0, 1} or len(set(values)) == 1:
+        scale = 1 + z * z / n
+        centre = (mean + z * z / (2 * n)) / scale
+        half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / scale
+    else:
+        centre = mean
+        half = z * math.sqrt(fmean((value - mean) ** 2 for value in values) / (n - 1))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def compare(paths):
+    """Compare two files of this script about the same problems: a line of text per measure.
+
+    Raises InputError if they are not two such files.
+    """
+    try:
+        before, after = (json.loads(Path(path).read_text()) for path in paths)
+        if before["questions"] != after["questions"]:
+            raise ValueError("they are about different problems")
+        pairs = {name: (a, after["measures"].get(name)) for name, a in before["measures"].items()}
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(f"--compare wants two JSON files of eval.py: {error}") from error
+    lines = []
+    for name, (a, b) in pairs.items():
+        if b is None:
+            continue
+        change = [y - x for x, y in zip(a, b, strict=True)]
+        mean = fmean(change)
+        half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, len(change) - 1))
+        line = f"{name:<8} {fmean(a):.3f} -> {fmean(b):.3f}: {mean:+.3f}, 95% interval"
+        line += f" {mean - half:+.3f} to {mean + half:+.3f}"
+        if {*a, *b} <= {0, 1}:  # McNemar's exact test
+            up = sum(c > 0 for c in change)
+            down = sum(c < 0 for c in change)
+            # If changes are coin tosses, how likely is a split at least as uneven?
+            tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1))
+            p = min(1.0, 2 * tail / 2 ** (up + down))
+            line += f"; {up} of {len(change)} questions better, {down} worse: p = {p:.2g}"
+        lines.append(line)
     return "\n".join(lines)
-# --- 4. Command line --------------------------------------------------------------------------------
-class Parser(argparse.ArgumentParser):
-    def error(self, message):   # one line instead of the whole usage
+
+
+def score_table(scores):
+    """Format the scores of `evaluate`, one per line."""
+    lines = [f"n = {scores['n']:<16}   share  95% interval"]
+    for name, value in scores.items():
+        if isinstance(value, float):
+            line = f"{name.replace('_', ', '):<20}{value:>8.1%}"
+            if f"{name}_interval" in scores:
+                line += "  {:>6.1%} - {:.1%}".format(*scores[f"{name}_interval"])
+            lines.append(line)
+    return "\n".join(lines)
+
+
+# --- 3. Where problems come from: may be skipped ------------------------------------------------
+
+# The built-in problems are sums: problems, whether they are held out, numbers of terms.
+ARITHMETIC = {
+    "sft": (30_000, False, [2, 3, 3, 4, 4, 5, 5, 6]),  # warm-up
+    "train": (10_000, False, [4, 5]),  # reinforcement learning
+    "in": (1_000, True, [4, 5]),  # in domain: as long as in training
+    "out": (1_000, True, [6]),  # out of domain: a length of the warm-up, never in RL
+}
+GITHUB = "https://raw.githubusercontent.com/"
+GSM8K = (
+    GITHUB + "openai/grade-school-math/3101c7d5072418e28b9008a6636bde82a006892c"
+    "/grade_school_math/data/"
+)
+MATH = (
+    "https://media.githubusercontent.com/media/openai/prm800k"
+    "/7ecc794703b2877f63226f2477a49b34f9b25163/prm800k/math_splits/"
+)
+CHINESE = (
+    GITHUB + "deepseek-ai/DeepSeek-Math/b8b0f8ce093d80bf8e9a641e44142f06d092c305"
+    "/evaluation/datasets/"
+)
+DOWNLOADS = {  # problems and split: address, SHA-256
+    "gsm8k train": (
+        GSM8K + "train.jsonl",
+        "17f347dc51477c50d4efb83959dbb7c56297aba886e5544ee2aaed3024813465",
+    ),
+    "gsm8k test": (
+        GSM8K + "test.jsonl",
+        "3730d312f6e3440559ace48831e51066acaca737f6eabec99bccb9e4b3c39d14",
+    ),
+    "math train": (
+        MATH + "train.jsonl",
+        "90d96daeac3fe343ebb1e22ce93dd99690f75983e957f88de42f87cffe1e8076",
+    ),
+    "math test": (
+        MATH + "test.jsonl",
+        "35dc41080a3680858b27fa7e0533d2d547825316fc5dafe5d316f4ccc5a06132",
+    ),
+    "cmath test": (
+        CHINESE + "cmath/test.jsonl",
+        "cabe17c127c3227912b3384f4755e180f3aa0d9e5865677e7e5e223439bf15eb",
+    ),
+    "mgsm_zh test": (
+        CHINESE + "mgsm_zh/mgsm_zh.jsonl",
+        "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d",
+    ),
+}
+CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
+REQUESTS = {"arithmetic": "", "cmath": CHINESE_REQUEST, "mgsm_zh": CHINESE_REQUEST}
+
+
+def load_problems(name, split, request=None):
+    """Load a split of a set, or a whole file of problems; request: None for the usual one.
+
+    Raises InputError if there is no such set or file.
+    """
+    key = f"{name} {split}".replace("math500", "math")  # math500 is the test set of math
+    if key in DOWNLOADS:
+        problems = read_problems(fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.jsonl"))
+    elif name == "arithmetic" and split in ARITHMETIC:
+        problems = make_arithmetic(split)
+    elif Path(name).is_file():
+        problems = read_problems(name)
+    else:
+        known = ", ".join(DOWNLOADS)
+        raise InputError(
+            f"no {name} {split}: take a file, {known}, or arithmetic in, out, sft, train"
+        )
+    if request is None:
+        request = REQUESTS.get(name, MATH_REQUEST)
+    return [problem._replace(request=request) for problem in problems]
+
+
+def make_arithmetic(split):
+    """Make the built-in problems, always the same: chains like "7+5-4+3", totals of 0 to 12.
+
+    Where two or more terms are left, a line of the worked solution takes one ("7+5=12") four times
+    in ten, and is right. Else it takes two ("7+5-4=9"), and is off by up to 3.
+    """
+    count, held_out, terms = ARITHMETIC[split]
+    rng = random.Random(f"arithmetic {split}")
+    problems = []
+    while len(problems) < count:
+        numbers = [rng.randint(1, 9)]  # such as 7, +5, -4, +3
+        for _ in range(rng.choice(terms) - 1):
+            low = max(-9, -sum(numbers))
+            high = min(9, 12 - sum(numbers))
+            numbers.append(rng.choice([number for number in range(low, high + 1) if number]))
+        question = write_sum(numbers)
+        # A fifth of all questions, by a hash of their text, is held out from training everywhere.
+        hidden = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
+        if hidden != held_out:
+            continue
+        total = numbers[0]
+        rest = numbers[1:]
+        solution = ""
+        while rest:
+            take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
+            line = write_sum([total, *rest[:take]])
+            total += sum(rest[:take])
+            if take == 2:
+                total = min(max(total + rng.randint(-3, 3), 0), 12)
+            solution += f"{line}={total}\n"
+            rest = rest[take:]
+        problems.append(Problem(question, str(sum(numbers)), f"{solution}\\boxed{{{total}}}"))
+    return problems
+
+
+def write_sum(numbers):
+    """Write [7, 5, -4] as "7+5-4"."""
+    return str(numbers[0]) + "".join(f"{number:+d}" for number in numbers[1:])
+
+
+def fetch(url, sha256, name):
+    """Return the path of a file in the user's cache, downloaded on first use, or InputError."""
+    path = Path(torch.hub.get_dir()) / "minimal-grpo" / name  # below ~/.cache
+    try:
+        if not path.exists():  # the download gets its name only when its checksum is right
+            path.parent.mkdir(parents=True, exist_ok=True)
+            socket.setdefaulttimeout(30)  # seconds; a server may fall silent
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=sha256)
+        if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+            raise RuntimeError(f"the file there does not have SHA-256 {sha256}")
+    except Exception as error:  # no network, no room, a wrong checksum
+        message = f"{name} could not be fetched ({error}); put {url} at {path} by hand"
+        raise InputError(message) from error
+    return path
+
+
+def read_problems(path):
+    """Read a file of JSON lines, each with a question and an answer. Raises InputError."""
+    problems = []
+    unusable = []
+    for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
+        if not line.strip(b"\xef\xbb\xbf \t\r"):  # blank, but perhaps for a byte order mark
+            continue
+        try:
+            problem = parse_problem(line.decode("utf-8-sig"))._replace(line=number)
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            want = '{"question": "1+1?", "answer": "2"}'
+            raise InputError(f"{path}, line {number}: want {want}, found: {error}") from error
+        problems.append(problem)
+        if not is_equivalent(problem.answer, problem.answer):
+            unusable.append(number)
+    if len(unusable) == len(problems):
+        raise InputError(f"{path} is empty or has no answers: each line needs both")
+    if unusable:
+        print(
+            f"{path}: no reward for {len(unusable)} of {len(problems)} questions, "
+            f"lines {unusable[:9]}: answer unusable"
+        )
+    return problems
+
+
+def parse_problem(line):
+    """Make a Problem of one line of JSON. Raises ValueError or the like for anything else."""
+    row = json.loads(line)
+    turns = row.get("messages") or []  # as in MGSM: the first message of the user is the question
+    asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
+    question = row.get("question") or row.get("problem") or next(iter(asked), None)
+    answer = row["golden"] if row.get("answer") is None and "golden" in row else row.get("answer")
+    if not isinstance(question, str) or not question.strip():
+        raise ValueError("no question")
+    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
+    if not (answer is None or isinstance(answer, str) or number and math.isfinite(answer)):
+        raise ValueError(f"an answer that is neither text nor a number: {str(answer)[:50]}")
+    f"{question}{answer}".encode()  # half a character, "\\ud83d", is an error here
+    # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer in
+    # the way that we ask for.
+    gold = final_answer(answer)
+    work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
+    solution = f"{work}\\boxed{{{gold}}}" if work and gold else ""
+    return Problem(question, gold, solution)
+
+
+def drop_long_problems(model, tokenizer, problems, max_new_tokens):
+    """Keep the problems whose prompts and completions fit the model. Raises InputError if none."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    room = (positions or math.inf) - max_new_tokens
+    fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
+    kept = list(itertools.compress(problems, fits))
+    limit = f"the {room} tokens that --max-new-tokens {max_new_tokens} leaves of the context"
+    if not kept:
+        raise InputError(f"no prompt fits into {limit}: lower it")
+    if len(kept) < len(problems):
+        print(f"skipped {len(problems) - len(kept)} of {len(problems)} questions, over {limit}")
+    return kept
+
+
+# --- 4. Loading models: may be skipped ----------------------------------------------------------
+
+
+def pick_device(name, threads=None):
+    """Return (torch.device, whether it computes in bf16) for "auto", "cpu" or "cuda".
+
+    threads: how many a CPU uses (None or 0: its own choice); sums depend on it in the last bits.
+    """
+    cuda = torch.cuda.is_available() and name != "cpu"
+    if name == "cuda" and not cuda:
+        raise InputError("--device cuda needs a GPU with CUDA: take cpu")
+    if threads:
+        torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
+    return torch.device("cuda" if cuda else "cpu"), cuda and torch.cuda.is_bf16_supported()
+
+
+def load_model(name, device):
+    """Load (model in float32, tokenizer) of a folder or hub name. Raises InputError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        check_tokenizer(tokenizer)
+        config = AutoConfig.from_pretrained(name)
+        # TRAP: with dropout, train() is another policy than eval()
+        # (test_dropout_of_gpt2_is_off_too).
+        for part in (config, config.get_text_config()):
+            for key, value in vars(part).items():
+                if isinstance(value, float) and re.search("drop|jitter", key):
+                    setattr(part, key, 0.0)
+        # TRAP: without dtype= bf16 weights stay bf16, and small steps are rounded away
+        # (test_one_small_step_moves_nearly_all_weights).
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        if info["missing_keys"]:
+            raise ValueError("weights are missing; was it saved as a causal language model?")
+        if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+            raise ValueError("its tokenizer has more tokens than the model")
+        model = model.to(device).eval()
+        check_model(model)
+    except Exception as error:  # a broken folder or an unknown architecture may fail in any way
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"--model {name} cannot be used: {type(error).__name__}, {reason}"
+        ) from error
+    return model, tokenizer
+
+
+def check_tokenizer(tokenizer):
+    """Raise ValueError if prompts cannot be made with a tokenizer; give it a pad token."""
+    if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
+        raise ValueError("its tokenizer is missing, or has no EOS token to end a completion")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks go by position
+    one, two = (build_prompt(tokenizer, Problem(question, "")) for question in ("1+1", "2+2"))
+    if one == two:
+        raise ValueError("its chat template drops the question; does it want a list of parts?")
+
+
+def save_model(model, tokenizer, folder):
+    """Write a folder for from_pretrained, without the sampling settings of another model."""
+    model.generation_config = GenerationConfig(
+        eos_token_id=sorted(eos_token_ids(model, tokenizer)), pad_token_id=tokenizer.pad_token_id
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# --- 5. The command line: may be skipped --------------------------------------------------------
+
+
+def opt(default, text, **more):
+    """Make a field of a dataclass of options: its default, and its line in --help."""
+    return field(default=default, metadata={"help": text, **more})
+
+
+@dataclass
+class Options:
+    model: str = opt("", "folder (a run of train.py, say) or hub name")
+    problems: str = opt("", "as in train.py, or math500, cmath, mgsm_zh (empty: those of the run)")
+    split: str = opt("", "of arithmetic: in, out, train, sft; else test, train; a file is whole")
+    limit: int = opt(0, "take only the first LIMIT problems; 0: all")
+    samples: int = opt(8, "samples per problem, beside the greedy one")
+    temperature: float = opt(1.0, "of the samples")
+    max_new_tokens: int | None = opt(None, "limit of a completion in tokens (none: the run's; 512)")
+    request: str | None = opt(None, "what follows each question (none: the run's, or the usual)")
+    rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
+    seed: int = opt(0, "of the samples")
+    device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
+    ask: str = opt("", "print the greedy answer to this question, then stop")
+    compare: list[str] | None = opt(None, "compare two files of eval.py, then stop")
+    out: str = opt("", "JSON file to write (empty: runs/eval-<problems>-<date>-<time>.json)")
+
+    def __post_init__(self):
+        check_bounds(self, {"temperature": 0.01, "max_new_tokens": 1, "rows_at_once": 1})
+
+
+class Parser(HfArgumentParser):
+    def error(self, message):  # one line instead of the whole usage
         raise InputError(f"{message}; see {self.prog} --help")
+
+
+def parse_options(kind, argv, description, **defaults):
+    """Read a command line into a dataclass; `defaults` replace its own. Raises InputError."""
+    parser = Parser(kind, description=description, allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    return kind(**vars(parser.parse_args(argv)))
+
+
+def check_bounds(options, bounds):
+    """Raise InputError for a number that is not finite, or below its bound (0 if not named)."""
+    for name, value in vars(options).items():
+        least = bounds.get(name, 0)
+        if isinstance(value, (int, float)) and not least <= value < 2**63:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} must be finite and at least {least}, not {value}")
+
 
 def run_cli(main):
     """Run a main function; what the user can mend becomes one line on stderr and exit status 1."""
     transformers.utils.logging.disable_progress_bar()
-    sys.stdout.reconfigure(errors="replace")   # a terminal that cannot show a character must not end a run
+    sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     try:
         main(sys.argv[1:])
-    except (InputError, ModuleNotFoundError, OSError, FloatingPointError, torch.OutOfMemoryError) as error:
-        sys.exit(f"error: {error}" + (f"; pip install {error.name}" if hasattr(error, "name") else ""))
+    except (torch.OutOfMemoryError, MemoryError):
+        sys.exit("error: out of memory; lower --rows-at-once, or in training --micro-tokens")
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}; pip install {error.name}")
+    except (InputError, OSError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
 
+
+def versions():
+    """Return the versions of what the numbers depend on, for the files that are written."""
+    return {
+        "python": sys.version,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def read_run(folder):
+    """Return the options of the run of train.py in a folder; most models are none: then {}."""
+    try:
+        return json.loads(Path(folder, "run.json").read_text())["config"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return {}
+
+
 def main(argv):
-    parser = Parser(prog="eval.py", description="Measure how well a model solves problems.", allow_abbrev=False)
-    add = parser.add_argument
-    add("--model", required="--compare" not in argv, help="folder (a run of train.py, say) or hub name")
-    add("--problems", default="", help="as in train.py, or math500, cmath, mgsm_zh (default: a run's own)")
-    add("--split", help="arithmetic: in, out, train, sft; others: test, train (default: first); file: all, even seen")
-    add("--limit", type=int, default=0, help="take only the first LIMIT problems (default: all)")
-    add("--samples", type=int, default=8, help="samples per problem beside the greedy one (default: 8)")
-    add("--temperature", type=float, default=1.0, help="of the samples (default: 1.0)")
-    add("--max-new-tokens", type=int, default=512, help="limit of a completion in tokens (default: a run's own; 512)")
-    add("--request", help="what follows each question (default: a run's own; as usual for the problems)")
-    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, help="tokens in the KV cache; fewer need less memory")
-    add("--seed", type=int, default=0, help="of the samples (default: 0)")
-    add("--device", default="auto", help="auto (default), cpu or cuda")
-    add("--ask", metavar="QUESTION", help="print the greedy answer to this question, then stop")
-    add("--compare", nargs=2, metavar="FILE", help="compare two files that eval.py wrote, then stop")
-    add("--out", help="JSON file to write (default: runs/eval-<problems>-<date>-<time>.json)")
-    args = parser.parse_args(argv)
-    if args.compare:
-        return print(compare(args.compare))
-    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):   # most models are no run of train.py
-        run = json.loads(Path(args.model, "run.json").read_text())["config"]
-        args = parser.parse_args(argv, argparse.Namespace(max_new_tokens=run["max_new_tokens"],
-            request=run["request"], problems=run["eval_problems"].partition(",")[0] or run["problems"]))
-    if not (args.problems or args.ask):
-        parser.error(f"--problems or --ask is required: {args.model} has no run.json of train.py to take them from")
-    if min(args.limit, args.samples, args.max_new_tokens - 1) < 0 or not 0 < args.temperature < math.inf:
-        raise InputError("--limit, --samples must be at least 0, --max-new-tokens 1, --temperature above 0")
-    out = Path(args.out or f"runs/eval-{Path(args.problems).stem}-" + time.strftime("%Y%m%d-%H%M%S.json"))
+    options = parse_options(Options, argv, "Measure how well a model solves problems.")
+    if options.compare:
+        print(compare(options.compare))
+        return
+    if not options.model:
+        raise InputError("--model is required; see eval.py --help")
+    run = read_run(options.model)  # fills in what is not given
+    held_out = run.get("eval_problems", "").partition(",")[0]
+    name = options.problems = options.problems or held_out or run.get("problems", "")
+    options.split = options.split or ("in" if name == "arithmetic" else "test")
+    options.max_new_tokens = options.max_new_tokens or run.get("max_new_tokens", 512)
+    if options.request is None:
+        options.request = run.get("request")
+    if options.request is None:
+        options.request = REQUESTS.get(name, MATH_REQUEST)
+    if not (name or options.ask):
+        raise InputError(f"--problems or --ask is required: {options.model} is no run of train.py")
+    moment = time.strftime("%Y%m%d-%H%M%S")
+    out = Path(options.out or f"runs/eval-{Path(name).stem}-{moment}.json")
     if out.exists():
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
-    args.split = args.split or ("in" if is_arithmetic(args.problems) else "test")
-    todo = load_problems(args.problems, args.split, args.request, args.ask)
-    device, bf16 = pick_device(args.device)
-    model, tokenizer = load_model(args.model, device)
-    problems = fitting(model, tokenizer, todo[:args.limit or None], args.max_new_tokens)
-    model = bf16_weights(model) if bf16 else model
-    if args.ask:
-        return print(*sample_problems(model, tokenizer, problems, 1, args.max_new_tokens, 0.0)[-1])
+    if options.ask:
+        problems = [Problem(options.ask, "", request=options.request)]
+    else:
+        problems = load_problems(name, options.split, options.request)
+    report(options, problems[: options.limit or None], out, run.get("threads"))
+
+
+def report(options, problems, out, threads):
+    """Evaluate and print a table and a transcript of each kind; or only print an answer."""
+    device, bf16 = pick_device(options.device, threads)
+    model, tokenizer = load_model(options.model, device)
+    problems = drop_long_problems(model, tokenizer, problems, options.max_new_tokens)
+    if bf16:
+        bf16_weights(model)
+    if options.ask:
+        *_, texts = sample_problems(model, tokenizer, problems, 1, options.max_new_tokens, 0.0)
+        print(texts[0])
+        return
     out.parent.mkdir(parents=True, exist_ok=True)
-    scores, records, measures = evaluate(model, tokenizer, problems, args.max_new_tokens, args.samples,
-                                         args.temperature, args.seed, args.sample_tokens)
-    print(f"{args.model} on {args.problems}\n{score_table(scores)}")
-    for verdict, row in {row["verdict"]: row for rows in records.values() for row in rows}.items():   # one of each
+    scores, records, measures = evaluate(
+        model,
+        tokenizer,
+        problems,
+        options.max_new_tokens,
+        options.samples,
+        options.temperature,
+        options.seed,
+        options.rows_at_once,
+    )
+    print(f"{options.model} on {options.problems}\n{score_table(scores)}")
+    examples = {row["verdict"]: row for rows in records.values() for row in rows}
+    for verdict, row in examples.items():
         print(f"--- {verdict}: {row['question']}   (gold: {row['gold']})\n{row['completion']}")
-    out.write_text(json.dumps(dict(arguments=vars(args), versions=VERSIONS, scores=scores, measures=measures,
-                                   questions=[problem.question for problem in problems], records=records)))
+    result = {
+        "arguments": vars(options),
+        "versions": versions(),
+        "scores": scores,
+        "measures": measures,
+        "questions": [problem.question for problem in problems],
+        "records": records,
+    }
+    out.write_text(json.dumps(result))
     print(f"all of it has been written to {out}")
+
 
 if __name__ == "__main__":
     run_cli(main)
