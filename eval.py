@@ -8,6 +8,7 @@ Order: 1. prompts and sampling, 2. accuracy. The rest may be skipped: 3. where p
 4. loading models, 5. the command line.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -22,6 +23,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
+import numpy
 import torch
 import transformers
 from torch.nn.utils.rnn import pad_sequence
@@ -127,15 +129,15 @@ def sample_problems(
     """
     prompts = [build_prompt(tokenizer, problem) for problem in problems]
     prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
-    eos_ids = eos_token_ids(model, tokenizer)
-    at_once = max(1, rows_at_once // group_size)  # questions
+    limits = max_new_tokens, eos_token_ids(model, tokenizer), tokenizer.pad_token_id
+    size = max(1, rows_at_once // group_size)  # questions at once
     parts = []
     with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:
-        for i in range(0, len(problems), at_once):
-            prompts = prompt_ids[i : i + at_once], prompt_mask[i : i + at_once]
-            settings = group_size, max_new_tokens, eos_ids, tokenizer.pad_token_id, temperature
-            parts.append(sample_groups(model, *prompts, *settings, generator))
-            bar.update(len(prompts[0]))
+        for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True):
+            parts.append(
+                sample_groups(model, ids, mask, group_size, *limits, temperature, generator)
+            )
+            bar.update(len(ids))
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
@@ -170,15 +172,15 @@ def evaluate(
         *_, drawn, texts = sample_problems(
             model, tokenizer, problems, K, max_new_tokens, T, rows_at_once, generator
         )
-        asked = [problem for problem in problems for _ in range(K)]
-        rows = zip(asked, texts, drawn.truncated.tolist(), strict=True)
-        records[kind] = [grade(*row) for row in rows]
-        groups = [records[kind][i : i + K] for i in range(0, len(asked), K)]
+        truncated = drawn.truncated.tolist()
+        graded = [grade(problems[i // K], text, truncated[i]) for i, text in enumerate(texts)]
+        records[kind] = graded
+        groups = [graded[i : i + K] for i in range(0, len(graded), K)]
         measures[kind] = [fmean(row["right"] for row in group) for group in groups]
         if kind == "sampled":
             measures |= vote(groups, K)
         for share in ("flexible", "truncated", "unparsable"):
-            scores[f"{kind}_{share}"] = fmean(row[share] for row in records[kind])
+            scores[f"{kind}_{share}"] = fmean(row[share] for row in graded)
     for name, values in measures.items():
         scores[name] = fmean(values)
         scores[f"{name}_interval"] = interval(values)
@@ -245,7 +247,7 @@ def interval(values):
     standard errors. (The samples of one question are not independent: hence one per question.)
     """
     n = len(values)
-    mean = fmean(values)
+    mean = numpy.mean(values)
     z = 1.96
     if set(values) <= {0, 1} or len(set(values)) == 1:
         scale = 1 + z * z / n
@@ -253,8 +255,8 @@ def interval(values):
         half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / scale
     else:
         centre = mean
-        half = z * math.sqrt(fmean((value - mean) ** 2 for value in values) / (n - 1))
-    return max(0.0, centre - half), min(1.0, centre + half)
+        half = z * numpy.std(values, ddof=1) / math.sqrt(n)
+    return float(max(0.0, centre - half)), float(min(1.0, centre + half))
 
 
 def compare(paths):
@@ -263,25 +265,23 @@ def compare(paths):
     Raises InputError if they are not two such files.
     """
     try:
-        before, after = (json.loads(Path(path).read_text()) for path in paths)
-        if before["questions"] != after["questions"]:
+        files = [json.loads(Path(path).read_text()) for path in paths]
+        before, after = (file["measures"] for file in files)
+        if files[0]["questions"] != files[1]["questions"]:
             raise ValueError("they are about different problems")
-        pairs = {name: (a, after["measures"].get(name)) for name, a in before["measures"].items()}
     except (ValueError, LookupError, TypeError) as error:
         raise InputError(f"--compare wants two JSON files of eval.py: {error}") from error
     lines = []
-    for name, (a, b) in pairs.items():
-        if b is None:
-            continue
-        change = [y - x for x, y in zip(a, b, strict=True)]
-        mean = fmean(change)
-        half = 1.96 * math.sqrt(fmean((c - mean) ** 2 for c in change) / max(1, len(change) - 1))
-        line = f"{name:<8} {fmean(a):.3f} -> {fmean(b):.3f}: {mean:+.3f}, 95% interval"
-        line += f" {mean - half:+.3f} to {mean + half:+.3f}"
-        if {*a, *b} <= {0, 1}:  # McNemar's exact test
-            up = sum(c > 0 for c in change)
-            down = sum(c < 0 for c in change)
-            # If changes are coin tosses, how likely is a split at least as uneven?
+    for name in [name for name in before if name in after]:
+        change = numpy.subtract(after[name], before[name])  # one per question
+        mean = change.mean()
+        half = 1.96 * change.std(ddof=1) / math.sqrt(len(change))
+        line = f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}"
+        line += f", 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+        if {*before[name], *after[name]} <= {0, 1}:
+            up = int((change > 0).sum())
+            down = int((change < 0).sum())
+            # McNemar's exact test: if changes are coin tosses, how likely is a split as uneven?
             tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1))
             p = min(1.0, 2 * tail / 2 ** (up + down))
             line += f"; {up} of {len(change)} questions better, {down} worse: p = {p:.2g}"
@@ -375,6 +375,7 @@ def load_problems(name, split, request=None):
     return [problem._replace(request=request) for problem in problems]
 
 
+@functools.cache
 def make_arithmetic(split):
     """Make the built-in problems, always the same: chains like "7+5-4+3", totals of 0 to 12.
 
@@ -434,47 +435,44 @@ def fetch(url, sha256, name):
 def read_problems(path):
     """Read a file of JSON lines, each with a question and an answer. Raises InputError."""
     problems = []
-    unusable = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
         if not line.strip(b"\xef\xbb\xbf \t\r"):  # blank, but perhaps for a byte order mark
             continue
         try:
-            problem = parse_problem(line.decode("utf-8-sig"))._replace(line=number)
+            problems.append(parse_problem(line.decode("utf-8-sig"), number))
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             want = '{"question": "1+1?", "answer": "2"}'
             raise InputError(f"{path}, line {number}: want {want}, found: {error}") from error
-        problems.append(problem)
-        if not is_equivalent(problem.answer, problem.answer):
-            unusable.append(number)
+    unusable = [p.line for p in problems if not is_equivalent(p.answer, p.answer)]
     if len(unusable) == len(problems):
         raise InputError(f"{path} is empty or has no answers: each line needs both")
     if unusable:
-        print(
-            f"{path}: no reward for {len(unusable)} of {len(problems)} questions, "
-            f"lines {unusable[:9]}: answer unusable"
-        )
+        print(f"{path}: {len(unusable)} answers cannot be used, first in lines {unusable[:9]}")
     return problems
 
 
-def parse_problem(line):
+def parse_problem(text, line):
     """Make a Problem of one line of JSON. Raises ValueError or the like for anything else."""
-    row = json.loads(line)
-    turns = row.get("messages") or []  # as in MGSM: the first message of the user is the question
-    asked = [turn.get("content") for turn in turns if turn.get("role") == "user"]
-    question = row.get("question") or row.get("problem") or next(iter(asked), None)
-    answer = row["golden"] if row.get("answer") is None and "golden" in row else row.get("answer")
+    row = json.loads(text)
+    # In the published sets the question may also be the user's message, and the answer "golden".
+    asked = [turn["content"] for turn in row.get("messages", []) if turn.get("role") == "user"]
+    question = row.get("question") or row.get("problem") or (asked or [None])[0]
+    answer = row.get("golden") if row.get("answer") is None else row["answer"]
     if not isinstance(question, str) or not question.strip():
         raise ValueError("no question")
-    number = isinstance(answer, (int, float)) and not isinstance(answer, bool)
-    if not (answer is None or isinstance(answer, str) or number and math.isfinite(answer)):
-        raise ValueError(f"an answer that is neither text nor a number: {str(answer)[:50]}")
+    if (
+        isinstance(answer, (bool, list, dict))
+        or answer in (math.inf, -math.inf)
+        or answer != answer
+    ):
+        raise ValueError("an answer that is neither text nor a number")
     f"{question}{answer}".encode()  # half a character, "\\ud83d", is an error here
     # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer in
     # the way that we ask for.
     gold = final_answer(answer)
     work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
     solution = f"{work}\\boxed{{{gold}}}" if work and gold else ""
-    return Problem(question, gold, solution)
+    return Problem(question, gold, solution, line=line)
 
 
 def drop_long_problems(model, tokenizer, problems, max_new_tokens):

@@ -27,8 +27,8 @@ with 1e-4 added; epsilon is 0.2; log-probs are those of the distribution that wa
 softmax(logits / temperature). Comments marked PAPER say where the code departs from the paper,
 TRAP what goes wrong silently (and the test that notices).
 
-Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. Sections 6 and 7
-(a faster cache, a check of models) change no number and may be skipped.
+Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. Section 6, a check
+of models, may be skipped.
 """
 
 from typing import NamedTuple
@@ -37,7 +37,6 @@ import torch
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers.cache_utils import DynamicLayer
 
 STD_EPSILON = 1e-4  # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6  # rewards closer together than this are equal (0.1 + 0.2 and 0.3)
@@ -312,7 +311,6 @@ def sample_groups(
     logits = prompts.logits[:, -1].repeat_interleave(group_size, dim=0)  # (N, V)
     cache = prompts.past_key_values
     cache.batch_repeat_interleave(group_size)
-    preallocate(cache, max_new_tokens)  # faster, and the same numbers: section 6
     attention_mask = pad(prompt_mask, (0, max_new_tokens), value=1)  # (B, P + T)
     attention_mask = attention_mask.repeat_interleave(group_size, dim=0)  # (N, P + T)
 
@@ -480,50 +478,7 @@ def bf16_weights(model):
     return model
 
 
-# --- 6. The same numbers, faster: skip at first -------------------------------------------------
-
-
-class PreallocatedLayer(DynamicLayer):
-    """Keep the keys and values of one layer, (n, heads, tokens, head_dim), in reserved memory.
-
-    Attention hands each new token to `update`. The library's DynamicLayer copies all it holds to
-    append one token: a third of the sampling time on a CPU.
-    """
-
-    def __init__(self, layer, max_new_tokens):
-        """Take over the keys and values of the prompts from a DynamicLayer."""
-        super().__init__()
-        self.is_initialized = True
-        self.reserved = [pad(x, (0, 0, 0, max_new_tokens)) for x in (layer.keys, layer.values)]
-        self.show(layer.get_seq_length())
-
-    def show(self, tokens):
-        """Let keys and values be views of the first tokens of the reserved memory."""
-        self.keys, self.values = (x[:, :, :tokens] for x in self.reserved)
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        """Append s tokens, (n, heads, s, head_dim) each; returns all keys and values."""
-        start = self.get_seq_length()
-        end = start + key_states.shape[2]
-        self.reserved[0][:, :, start:end] = key_states
-        self.reserved[1][:, :, start:end] = value_states
-        self.show(end)
-        return self.keys, self.values
-
-    def batch_select_indices(self, indices):
-        """Keep the rows of these numbers."""
-        self.reserved = [x[indices] for x in self.reserved]
-        self.show(self.get_seq_length())
-
-
-def preallocate(cache, max_new_tokens):
-    """Give every plain layer of a cache memory for max_new_tokens more tokens, in place."""
-    for i, layer in enumerate(cache.layers):
-        if type(layer) is DynamicLayer:  # others, such as sliding windows, stay as they are
-            cache.layers[i] = PreallocatedLayer(layer, max_new_tokens)
-
-
-# --- 7. Is a model one that the code above is right for? ----------------------------------------
+# --- 6. Is a model one that the code above is right for? ----------------------------------------
 
 
 @torch.no_grad()

@@ -1,8 +1,8 @@
 """Train a language model on math problems with GRPO: Algorithm 1 of DeepSeekMath.
 
-    python train.py                                       a tiny model on built-in problems, on a CPU
+    python train.py                                       a tiny model, on sums; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct    a real model on GSM8K, on one GPU
-    python train.py --resume runs/gsm8k-0                 a run that was stopped or killed goes on
+    python train.py --resume runs/gsm8k-0                 goes on with a run that was stopped
 
 Order: 1. one step, 2. Algorithm 1. The rest may be skipped at first: 3. the supervised warm-up,
 4. process supervision, 5. options, 6. the built-in model and the problems, 7. the log,
@@ -517,7 +517,7 @@ def parse_config(argv):
 
 
 def make_tiny_model(seed, device):
-    """Make (model, tokenizer): a Llama of 210,000 random parameters that knows sums and \\boxed{}."""
+    """Make (model, tokenizer): a Llama of 210,000 random parameters, and the words of sums."""
     words = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "\\boxed{", "}", "\n"]
     words += ["+", "-", "=", *map(str, range(100))]
     vocabulary = {word: i for i, word in enumerate(words)}

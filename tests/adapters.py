@@ -1,124 +1,161 @@
-"""What the tests call. For a course: blank the bodies in grpo.py, or point these lines at another module.
+"""What the tests call. For a course: blank the bodies in grpo.py, or point these lines elsewhere.
 
-Each docstring is the contract: arguments, shapes, what comes out, and the equation of DeepSeekMath (arXiv 2402.03300)
-that it has to be. B questions, G completions of each, N = B * G rows, question-major: rows 0 ... G-1 belong to
-question 0. P prompt tokens, padded on the left; T completion tokens, padded on the right; V the vocabulary; K steps.
+Each docstring is the contract: arguments, shapes, what comes out, and the equation of DeepSeekMath
+(arXiv 2402.03300) that it has to be. B questions, G completions of each, N = B * G rows,
+question-major: rows 0 ... G-1 belong to question 0. P prompt tokens, padded on the left; T
+completion tokens, padded on the right; V the vocabulary; K steps.
 """
 
 import grpo
 import reward
 
-Samples, PreallocatedLayer, RewardModel = grpo.Samples, grpo.PreallocatedLayer, reward.RewardModel
+Batch = grpo.Batch
+Samples = grpo.Samples
+LearnedReward = reward.LearnedReward
 
 
-# --- grpo.py: sampling and log-probs ----------------------------------------------------------------
+# --- grpo.py: advantages and the objective ------------------------------------------------------
 
-def bf16_weights(model):
-    """The same model with bf16 parameters; its buffers, the frequencies of rotary positions say, stay float32."""
-    return grpo.bf16_weights(model)
-
-
-def completion_mask(completion_ids, eos_ids):
-    """(N, T) ids -> (N, T) bool: true up to and including the first id of the set eos_ids; all true without one."""
-    return grpo.completion_mask(completion_ids, eos_ids)
-
-
-def sample_token(logits, temperature, generator=None):
-    """(n, V) -> (ids (n,), their log-probs (n,)), drawn from softmax(logits / temperature), in float32 at least.
-
-    The token is the first one at which the sum of probabilities so far reaches (1 - torch.rand(n, 1)) of the whole sum.
-    Temperature 0 takes the likeliest token, with its log-prob at temperature 1. A token of probability 0 never comes, not
-    even at the ends of the range of torch.rand; logits that are nan give log-probs that are nan, and an id below V.
-    """
-    return grpo.sample_token(logits, temperature, generator)
-
-
-def sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id, temperature=1.0,
-                  generator=None):
-    """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), T = max_new_tokens;
-    truncated (N,), true where no EOS came. Nothing but the arguments decides what is drawn; ValueError for a group_size
-    or max_new_tokens below 1, or a temperature below 0. Each prompt goes through the model once; rows that have ended
-    leave the batch; the model's mode (train or eval) is what it was; the cache is made of PreallocatedLayers.
-    """
-    return grpo.sample_groups(model, prompt_ids, prompt_mask, group_size, max_new_tokens, eos_ids, pad_id, temperature,
-                              generator)
-
-
-def token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None):
-    """log pi(o_t | q, o_<t) at the temperature of the sampling, and the entropy there: both (N, T), 0 where mask is
-    false, at least float32; only the first has a gradient. question (N,): the row of prompt_ids that each completion
-    answers (None: question-major). ValueError for a temperature that is not above 0. Each prompt goes through the model
-    once, all T tokens of a completion behind it; tokens that count reach the head in chunks of HEAD_LOGITS / V, and if there are several, their logits are not kept
-    but computed again in the backward pass.
-    """
-    return grpo.token_logprobs(model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question)
-
-
-def head_is_plain(model):
-    """Whether logits are the output embedding of the body's states and nothing else, no scale and no cap of the model's
-    own. The answer is remembered as model._head_is_plain.
-    """
-    return grpo.head_is_plain(model)
-
-
-def cache_gap(model):
-    """The largest difference of log-probs as sampled, with a cache, and as scored, a prompt for each row: a float near 0."""
-    return grpo.cache_gap(model)
-
-
-def micro_batches(rows, prompt_mask, mask, limit):
-    """Row numbers, each once, in lists of at most `limit` tokens (rows times the longest prompt + completion)."""
-    return grpo.micro_batches(rows, prompt_mask, mask, limit)
-
-
-def score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature):
-    """log-probs, entropy, mask (n, t) of some rows, without columns that are padding in all of them."""
-    return grpo.score_rows(model, rows, prompt_ids, prompt_mask, completion_ids, mask, temperature)
-
-
-# --- grpo.py: the paper -----------------------------------------------------------------------------
 
 def outcome_advantages(rewards, scale="std"):
-    """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + 1e-4) of its own group, std with divisor G - 1; "none":
-    r - mean. At least float32, whatever the rewards are. Rewards of a group that differ by less than 1e-6 give exactly 0.
-    ValueError unless rewards have two dimensions with G at least 2, and for another scale.
+    """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + 1e-4) of its own group; std with divisor
+    G - 1. "none": r - mean. At least float32, whatever the rewards are. Rewards of a group that
+    differ by less than 1e-6 give exactly 0. ValueError unless rewards have two dimensions with G at
+    least 2, and for another scale.
     """
     return grpo.outcome_advantages(rewards, scale)
 
 
 def process_advantages(rewards, ends, mask, group_size, scale="std"):
-    """(N, K) rewards of steps and the tokens that end them (-1: no step) -> (N, T). Section 4.1.3: the rewards are
-    normalised as above over all steps of the group; a token gets the sum over the steps that end at it or behind it, and
-    0 where mask is false. Steps that are all alike, or a single one, give exactly 0. ValueError for another scale.
+    """(N, K) rewards of steps and the tokens that end them (-1: no step) -> (N, T). Section 4.1.3:
+    the rewards are normalised as above over all steps of the group. A token gets the sum over the
+    steps that end at it or behind it, and 0 where mask is false. Steps that are all alike, or a
+    single one, give exactly 0. ValueError for another scale.
     """
     return grpo.process_advantages(rewards, ends, mask, group_size, scale)
 
 
-def kl_estimate(logp, logp_ref):
-    """(N, T) -> (N, T). Eq. 4: pi_ref/pi - log(pi_ref/pi) - 1, finite for any two log-probs."""
-    return grpo.kl_estimate(logp, logp_ref)
-
-
 def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
-    """-> (N, T). Eq. 3: min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = pi/pi_old, finite."""
+    """-> (N, T). Eq. 3: min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), where ratio =
+    pi/pi_old; finite for any two log-probs.
+    """
     return grpo.clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)
 
 
-def loss_denominator(mask, aggregate="sequence", max_completion_tokens=None):
-    """(N, T) -> float, at least 1: rows that have tokens ("sequence"), tokens ("token"), or rows * limit ("constant")."""
-    return grpo.loss_denominator(mask, aggregate, max_completion_tokens)
-
-
-def grpo_loss(logp, logp_old, logp_ref, advantages, mask, **options):
-    """-> (scalar, {"clip_share", "kl"}). Eq. 3 with its sign turned: the mean over rows of the mean over their tokens
-    of -(surrogate - kl_beta * KL). clip_share: the share of tokens with A > 0 and ratio > 1 + clip_high, or A < 0 and ratio
-    < 1 - clip_low; kl: the mean of KL over tokens, if there is a logp_ref. What is outside the mask changes nothing, inf
-    and nan neither. options: clip_low, clip_high, kl_beta, aggregate, max_completion_tokens, denominator.
+def kl_estimate(logp, logp_ref):
+    """(N, T) -> (N, T). Eq. 4: pi_ref/pi - log(pi_ref/pi) - 1. It stays finite where pi_ref/pi is
+    large, and keeps its gradient where pi_ref/pi is small.
     """
-    return grpo.grpo_loss(logp, logp_old, logp_ref, advantages, mask, **options)
+    return grpo.kl_estimate(logp, logp_ref)
 
 
-# --- reward.py --------------------------------------------------------------------------------------
+def token_weights(mask, aggregate="sequence", max_new_tokens=None):
+    """(N, T) bool -> (N, T), 0 where mask is false. "sequence": 1/N * 1/|o_i| (eq. 3); "token": 1 /
+    tokens; "constant": 1/N * 1/max_new_tokens. N counts the rows that have tokens. ValueError for
+    another aggregate, and for "constant" without max_new_tokens.
+    """
+    return grpo.token_weights(mask, aggregate, max_new_tokens)
+
+
+def grpo_loss(logp, logp_old, logp_ref, advantages, weights, **options):
+    """-> (scalar, {"loss", "clip_share", "kl"} as floats). Eq. 3 with its sign turned: the sum of
+    -weight * (surrogate - kl_beta * KL). clip_share: the weight of the tokens with A > 0 and ratio >
+    1 + clip_high, or A < 0 and ratio < 1 - clip_low; kl: the weighted sum of KL, if there is a
+    logp_ref, which may be None if kl_beta is 0. advantages: (N,), (N, 1) or (N, T). Where a weight
+    is 0, nothing matters, inf and nan neither. options: clip_low, clip_high, kl_beta. ValueError if
+    the KL term lacks its reference, and for shapes that do not fit.
+    """
+    return grpo.grpo_loss(logp, logp_old, logp_ref, advantages, weights, **options)
+
+
+def micro_batches(batch, limit):
+    """Row numbers, each once, in lists of at most `limit` tokens: rows times the longest prompt and
+    completion. A row that is longer stands alone.
+    """
+    return grpo.micro_batches(batch, limit)
+
+
+# --- grpo.py: sampling and log-probs ------------------------------------------------------------
+
+
+def sample_groups(
+    model,
+    prompt_ids,
+    prompt_mask,
+    group_size,
+    max_new_tokens,
+    eos_ids,
+    pad_id,
+    temperature=1.0,
+    generator=None,
+):
+    """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), T =
+    max_new_tokens; truncated (N,), true where no EOS came. Nothing but the arguments decides what is
+    drawn. ValueError for a group_size or max_new_tokens below 1, or a temperature below 0. Each
+    prompt goes through the model once; rows that have ended leave the batch; the model's mode (train
+    or eval) is what it was.
+    """
+    return grpo.sample_groups(
+        model,
+        prompt_ids,
+        prompt_mask,
+        group_size,
+        max_new_tokens,
+        eos_ids,
+        pad_id,
+        temperature,
+        generator,
+    )
+
+
+def sample_token(logits, temperature, generator=None):
+    """(n, V) -> (ids (n,), their log-probs (n,)), drawn from softmax(logits / temperature), at least
+    in float32. The token is the first one at which the sum of probabilities so far reaches (1 -
+    torch.rand(n, 1)) of the whole sum. Temperature 0 takes the likeliest token, with its log-prob at
+    temperature 1. A token of probability 0 never comes; logits that are nan give log-probs that are
+    nan, and an id below V.
+    """
+    return grpo.sample_token(logits, temperature, generator)
+
+
+def completion_mask(completion_ids, eos_ids):
+    """(N, T) ids -> (N, T) bool: true up to and including the first id of the set eos_ids; all true
+    without one.
+    """
+    return grpo.completion_mask(completion_ids, eos_ids)
+
+
+def token_logprobs(
+    model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None
+):
+    """log pi(o_t | q, o_<t) at the temperature of the sampling, and the entropy there: both (N, T), 0
+    where mask is false, at least float32; only the first has a gradient. question (N,): the row of
+    prompt_ids that each completion answers (None: question-major). ValueError for a temperature that
+    is not above 0. Each prompt goes through the model once, all T tokens of a completion behind it.
+    Only tokens that count reach the head, in chunks of HEAD_LOGITS / V; their logits are not kept but
+    computed again in the backward pass.
+    """
+    return grpo.token_logprobs(
+        model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question
+    )
+
+
+def bf16_weights(model):
+    """The same model with bf16 parameters; its buffers, such as the frequencies of rotary positions,
+    stay float32.
+    """
+    return grpo.bf16_weights(model)
+
+
+def check_model(model):
+    """ValueError for a model that keeps another state than keys and values, that changes its logits
+    behind the vocabulary head, or whose log-probs with padding and a cache are not those without.
+    """
+    return grpo.check_model(model)
+
+
+# --- reward.py ----------------------------------------------------------------------------------
+
 
 def extract_answer(completion):
     """str -> str or None: the last box, else the last <answer>, else the last line "#### "."""
@@ -131,7 +168,7 @@ def clean(text):
 
 
 def parse(text):
-    """A cleaned text -> its value at three points, exact where it can be, or None if it is not understood."""
+    """A cleaned text -> its value at three points, exact where it can be, or None."""
     return reward.parse(text)
 
 
@@ -156,25 +193,17 @@ def final_answer(solution):
 
 
 def step_rewards(completion):
-    """str -> [(end in characters, 1.0 or 0.0), ...] of the steps that can be checked; section 4.1.3 needs them."""
+    """str -> [(end in characters, 1.0 or 0.0), ...] of the steps that can be checked."""
     return reward.step_rewards(completion)
 
 
-def score_texts(function, problems, texts):
-    """Rewards of N texts by a user's function, as floats; InputError names the first text that has none."""
-    return reward.score_texts(function, problems, texts)
-
-
 def load_reward(name):
-    """The function that FILE.py:FUNCTION names; accuracy_rewards for "" and "model". InputError if there is none."""
+    """The function that FILE.py:FUNCTION names; accuracy_rewards for "". Or InputError."""
     return reward.load_reward(name)
 
 
-def score(model, examples, size=32):
-    """A reward model's probability of "right" at each end of each example: a list of lists."""
-    return reward.score(model, examples, size)
-
-
-def fit(model, examples, lr, epochs=3, size=8):
-    """Train a reward model on (ids, ends, labels): each example once an epoch, `size` of them a step."""
-    return reward.fit(model, examples, lr, epochs, size)
+def ask_reward(function, prompts, completions, answer):
+    """Rewards of N texts by any reward, as floats. It gets copies of the lists. InputError if it
+    fails, or does not return N finite numbers.
+    """
+    return reward.ask_reward(function, prompts, completions, answer)

@@ -1,36 +1,45 @@
 """Small models that the tests build on the spot: no download, no GPU unless asked, no file outside the test's folder."""
 
 import contextlib
-import functools
 import inspect
+import json
 import os
 import re
 import sys
 from pathlib import Path
 
-os.environ["HF_HUB_OFFLINE"] = "1"   # nothing here may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 if os.environ.get("TEST_DEVICE", "cpu") == "cpu":
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""   # or runs would take a GPU, where sums have no fixed order
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        ""  # or runs would take a GPU, where sums have no fixed order
+    )
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import adapters
 import pytest
 import torch
 import transformers
-
-import adapters
-import eval as evaluation
 from helpers import DEVICE, make_chat_model, tiny_model
 
 if DEVICE.type not in ("cpu", "cuda") or DEVICE.type == "cuda" and not torch.cuda.is_available():
     pytest.exit(f"TEST_DEVICE={DEVICE}: take cpu, or cuda with a GPU", returncode=1)
 transformers.utils.logging.disable_progress_bar()
-evaluation.arithmetic = functools.cache(evaluation.arithmetic)   # many runs of the tests in one process need the same
 
 
 class OnDevice(torch.overrides.TorchFunctionMode):
     """What tests make is made on DEVICE. What the code under test makes without device= is not, and fails where they meet."""
-    makers = {torch.arange, torch.full, torch.linspace, torch.ones, torch.rand, torch.randint, torch.randn, torch.tensor,
-              torch.zeros}
+
+    makers = {
+        torch.arange,
+        torch.full,
+        torch.linspace,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.tensor,
+        torch.zeros,
+    }
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         here = Path(sys._getframe(1).f_code.co_filename).parent == Path(__file__).parent
@@ -44,16 +53,9 @@ def on_device():
         yield
 
 
-@pytest.fixture(autouse=True)
-def fresh_stop():
-    """Runs that end within an update leave this behind in a process that goes on: that of the tests."""
-    import train
-    train.STOP.update({"signal": 0, "at once": True})
-
-
-@pytest.fixture(params=["llama", "gpt2", "cohere", "gemma2"])
+@pytest.fixture(params=["llama", "gpt2", "gemma3", "opt"])
 def any_model(request):
-    """Rotary positions; absolute positions; scaled logits; soft-capped logits and sliding windows."""
+    """Rotary positions; absolute positions; sliding windows; absolute positions with an offset."""
     return tiny_model(request.param)
 
 
@@ -71,12 +73,19 @@ def chat_folder(tmp_path_factory):
 @pytest.fixture(scope="session")
 def story_file(tmp_path_factory):
     """Twelve problems in the format of GSM8K, written for these tests."""
-    import json
     path = tmp_path_factory.mktemp("problems") / "stories.jsonl"
-    path.write_text("".join(json.dumps({
-        "question": f"Ada has {n} pens and buys {m} more boxes with 3 pens each. How many pens has she now?",
-        "answer": f"She buys 3*{m} = <<3*{m}={3 * m}>>{3 * m} pens.\nNow she has {n + 3 * m} pens.\n#### {n + 3 * m}"})
-        + "\n" for n, m in [(n, m) for n in (2, 5, 9) for m in (1, 2, 4, 7)]))
+    path.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "question": f"Ada has {n} pens and buys {m} more boxes with 3 pens each. How many pens has she now?",
+                    "answer": f"She buys 3*{m} = <<3*{m}={3 * m}>>{3 * m} pens.\nNow she has {n + 3 * m} pens.\n#### {n + 3 * m}",
+                }
+            )
+            + "\n"
+            for n, m in [(n, m) for n in (2, 5, 9) for m in (1, 2, 4, 7)]
+        )
+    )
     return path
 
 
@@ -104,9 +113,11 @@ def pytest_runtest_makereport(item, call):
     report = (yield).get_result()
     if report.failed:
         source = inspect.getsource(item.function)
-        for name in re.findall(r"\b(\w+)\(", source):   # helpers of the same file may call them, too
+        for name in re.findall(r"\b(\w+)\(", source):  # helpers of the same file may call them, too
             helper = getattr(item.module, name, None)
-            if getattr(helper, "__module__", "") == item.module.__name__ and inspect.isfunction(helper):
+            if getattr(helper, "__module__", "") == item.module.__name__ and inspect.isfunction(
+                helper
+            ):
                 source += inspect.getsource(helper)
         for name, function in inspect.getmembers(adapters, inspect.isfunction):
             if re.search(rf"\b{name}\(", source):

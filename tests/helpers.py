@@ -1,6 +1,6 @@
 """Builders of small random models. By hand, to try train.py on a real-looking model without a download:
 
-    python tests/helpers.py FOLDER TEXTS.jsonl     a Qwen2-shaped model whose tokenizer is trained on TEXTS
+python tests/helpers.py FOLDER TEXTS.jsonl     a Qwen2-shaped model whose tokenizer is trained on TEXTS
 """
 
 import os
@@ -9,20 +9,57 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (AutoModelForCausalLM, CohereConfig, Gemma2Config, GPT2Config, LlamaConfig,
-                          PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM)
+from transformers import (
+    AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    OPTConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
-DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))   # where tests/test_objective.py and test_sampling.py compute
+DEVICE = torch.device(
+    os.environ.get("TEST_DEVICE", "cpu")
+)  # where tests/test_objective.py and test_sampling.py compute
 
-SIZE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-            num_key_value_heads=2, max_position_embeddings=128, initializer_range=0.3,
-            bos_token_id=1, eos_token_id=2, pad_token_id=0)
+SIZE = dict(
+    vocab_size=40,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    initializer_range=0.3,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
 CONFIGS = {
     "llama": lambda: LlamaConfig(**SIZE),
-    "gpt2": lambda: GPT2Config(vocab_size=40, n_embd=32, n_layer=2, n_head=4, n_positions=128, initializer_range=0.3,
-                               bos_token_id=1, eos_token_id=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0),
+    "gpt2": lambda: GPT2Config(
+        vocab_size=40,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=128,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    ),
     "cohere": lambda: CohereConfig(**SIZE, logit_scale=0.25),
-    "gemma2": lambda: Gemma2Config(**SIZE, head_dim=8, final_logit_softcapping=5.0, sliding_window=6),
+    "gemma2": lambda: Gemma2Config(
+        **SIZE, head_dim=8, final_logit_softcapping=5.0, sliding_window=6
+    ),
+    "gemma3": lambda: Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=6),
+    "opt": lambda: OPTConfig(**SIZE, ffn_dim=48),
 }
 
 
@@ -36,10 +73,15 @@ def generator(seed):
     return torch.Generator(DEVICE).manual_seed(seed)
 
 
-CHAT_TEMPLATE = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-TEXTS = ["Ada has 9 pens and buys 4 more boxes with 3 pens each. How many pens has she now?",
-         "Please reason step by step, and put your final answer within \\boxed{}.", "Now she has 21 pens."]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "Ada has 9 pens and buys 4 more boxes with 3 pens each. How many pens has she now?",
+    "Please reason step by step, and put your final answer within \\boxed{}.",
+    "Now she has 21 pens.",
+]
 
 
 def make_chat_model(folder, texts=TEXTS, chat_template=CHAT_TEMPLATE, **config):
@@ -48,17 +90,43 @@ def make_chat_model(folder, texts=TEXTS, chat_template=CHAT_TEMPLATE, **config):
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=2000, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                                        additional_special_tokens=["<|im_start|>", "<|im_end|>"])
+    bpe.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=2000,
+            special_tokens=special,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>",
+        additional_special_tokens=["<|im_start|>", "<|im_end|>"],
+    )
     tokenizer.chat_template = chat_template
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**{**dict(
-        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0, pad_token_id=0,
-        tie_word_embeddings=True), **config}))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            **{
+                **dict(
+                    vocab_size=len(tokenizer),
+                    hidden_size=64,
+                    intermediate_size=128,
+                    num_hidden_layers=2,
+                    num_attention_heads=4,
+                    num_key_value_heads=2,
+                    max_position_embeddings=1024,
+                    bos_token_id=None,
+                    eos_token_id=0,
+                    pad_token_id=0,
+                    tie_word_embeddings=True,
+                ),
+                **config,
+            }
+        )
+    )
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)

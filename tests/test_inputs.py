@@ -23,19 +23,38 @@ from helpers import CHAT_TEMPLATE, make_chat_model
 
 LINE = '{"question": "1+1?", "answer": "2"}\n'
 FILES = {
-    "plain.jsonl": "".join(LINE.replace("1+1", f"1+{n}") for n in range(20)), "one.jsonl": LINE, "empty.jsonl": "",
-    "blank.jsonl": "\ufeff\r\n \n", "json.jsonl": LINE * 2 + "{nope\n", "cut.jsonl": LINE + '{"question": "a", "ans',
-    "unasked.jsonl": LINE + '\n{"answer": "2"}\n', "silent.jsonl": LINE + '{"question": " ", "answer": "2"}\n',
-    "asked5.jsonl": LINE + '{"question": 5, "answer": "2"}\n', "list.jsonl": LINE + "[1, 2]\n", "number.jsonl": LINE + "7\n",
-    "pair.jsonl": LINE + '["question", "answer"]\n', "word.jsonl": LINE + '"text"\n', "null.jsonl": LINE + "null\n",
-    "deep.jsonl": LINE + "[" * 10 ** 5 + "\n",
-    "answers.jsonl": LINE + '{"question": "a", "answer": ["2", "3"]}\n', "true.jsonl": LINE + '{"question": "a", "answer": true}\n',
-    "half.jsonl": LINE + '{"question": "\\ud83d?", "answer": "2"}\n', "unanswered.jsonl": '{"question": "2+2?"}\n' * 2,
-    "chat.jsonl": LINE + '{"messages": [], "answer": "2"}\n', "long.jsonl": LINE.replace("1+1", "1+1" * 4000),
-    "latin.jsonl": (LINE + '{"question": "où?", "answer": "2"}\n').encode("latin-1"), "utf16.jsonl": LINE.encode("utf-16"),
-    "own.py": "def length(prompts, completions, answer):\n    return [1.0 for _ in completions]\n", "wrong.py": "def length(\n",
-    "taken/file": "mine", "norun/other.txt": "", "broken/run.json": "{", "foreign/run.json": '{"config": {"no_such_option": 1}}',
-    "run/run.json": json.dumps({"config": {**vars(train.Config()), "lr": 0.5, "out": "run"}, "data": 0}),
+    "plain.jsonl": "".join(LINE.replace("1+1", f"1+{n}") for n in range(20)),
+    "one.jsonl": LINE,
+    "empty.jsonl": "",
+    "blank.jsonl": "\ufeff\r\n \n",
+    "json.jsonl": LINE * 2 + "{nope\n",
+    "cut.jsonl": LINE + '{"question": "a", "ans',
+    "unasked.jsonl": LINE + '\n{"answer": "2"}\n',
+    "silent.jsonl": LINE + '{"question": " ", "answer": "2"}\n',
+    "asked5.jsonl": LINE + '{"question": 5, "answer": "2"}\n',
+    "list.jsonl": LINE + "[1, 2]\n",
+    "number.jsonl": LINE + "7\n",
+    "pair.jsonl": LINE + '["question", "answer"]\n',
+    "word.jsonl": LINE + '"text"\n',
+    "null.jsonl": LINE + "null\n",
+    "deep.jsonl": LINE + "[" * 10**5 + "\n",
+    "answers.jsonl": LINE + '{"question": "a", "answer": ["2", "3"]}\n',
+    "true.jsonl": LINE + '{"question": "a", "answer": true}\n',
+    "half.jsonl": LINE + '{"question": "\\ud83d?", "answer": "2"}\n',
+    "unanswered.jsonl": '{"question": "2+2?"}\n' * 2,
+    "chat.jsonl": LINE + '{"messages": [], "answer": "2"}\n',
+    "long.jsonl": LINE.replace("1+1", "1+1" * 4000),
+    "latin.jsonl": (LINE + '{"question": "où?", "answer": "2"}\n').encode("latin-1"),
+    "utf16.jsonl": LINE.encode("utf-16"),
+    "own.py": "def length(prompts, completions, answer):\n    return [1.0 for _ in completions]\n",
+    "wrong.py": "def length(\n",
+    "taken/file": "mine",
+    "norun/other.txt": "",
+    "broken/run.json": "{",
+    "foreign/run.json": '{"config": {"no_such_option": 1}}',
+    "run/run.json": json.dumps(
+        {"config": {**vars(train.Config()), "lr": 0.5, "out": "run"}, "data": 0}
+    ),
 }
 
 
@@ -47,7 +66,9 @@ def inputs(tmp_path_factory, chat_folder):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
-    def model(name, **changes):   # a copy of the good folder, in which texts of files are replaced; None: removed
+    def model(
+        name, **changes
+    ):  # a copy of the good folder, in which texts of files are replaced; None: removed
         shutil.copytree(chat_folder, folder / name)
         for file, change in changes.items():
             (path,) = (folder / name).glob(f"{file}.*")
@@ -62,7 +83,9 @@ def inputs(tmp_path_factory, chat_folder):
     model("textless", tokenizer=None, tokenizer_config=None)
     model("endless", tokenizer_config=('"eos_token": "<|endoftext|>",', '"eos_token": null,'))
     model("torn")
-    (folder / "torn" / "model.safetensors").write_bytes((chat_folder / "model.safetensors").read_bytes()[:20_000])
+    (folder / "torn" / "model.safetensors").write_bytes(
+        (chat_folder / "model.safetensors").read_bytes()[:20_000]
+    )
     model("emptied")
     (folder / "emptied" / "model.safetensors").unlink()
     model("typeless", config=('"model_type": "qwen2"', '"model_type": "no_such_type"'))
@@ -71,13 +94,23 @@ def inputs(tmp_path_factory, chat_folder):
     model("raising", chat_template=("{% for", "{{ raise_exception('no') }}{% for"))
     model("unclosed", chat_template=("{% endfor %}", ""))
     assert good == (folder / "chat" / "config.json").read_text()
-    make_chat_model(folder / "small", vocab_size=300)   # its tokenizer has more
+    make_chat_model(folder / "small", vocab_size=300)  # its tokenizer has more
     tokenizer = AutoTokenizer.from_pretrained(chat_folder)
     for name, built in {
-            "encoder": BertModel(BertConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                            intermediate_size=16)),
-            "headless": evaluation.AutoModelForCausalLM.from_pretrained(chat_folder, tie_word_embeddings=False).base_model,
-            "mamba": MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1))}.items():
+        "encoder": BertModel(
+            BertConfig(
+                vocab_size=400,
+                hidden_size=16,
+                num_hidden_layers=1,
+                num_attention_heads=2,
+                intermediate_size=16,
+            )
+        ),
+        "headless": evaluation.AutoModelForCausalLM.from_pretrained(
+            chat_folder, tie_word_embeddings=False
+        ).base_model,
+        "mamba": MambaForCausalLM(MambaConfig(vocab_size=400, hidden_size=16, num_hidden_layers=1)),
+    }.items():
         built.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     return folder
@@ -181,19 +214,31 @@ EVAL = {
     "--model chat --problems plain.jsonl --max-new-tokens 1020": "no prompt fits into the 4 tokens",
     "--model /nowhere --problems arithmetic": "no folder or hub name to load",
 }
-TABLE = ([(train.main, flags, message) for flags, message in FLAGS.items()]
-         + [(train.main, f"--model chat --problems {name}", message) for name, message in PROBLEMS.items()]
-         + [(train.main, f"--problems plain.jsonl --model {name}", message) for name, message in MODELS.items()]
-         + [(evaluation.main, flags, message) for flags, message in EVAL.items()])
+TABLE = (
+    [(train.main, flags, message) for flags, message in FLAGS.items()]
+    + [
+        (train.main, f"--model chat --problems {name}", message)
+        for name, message in PROBLEMS.items()
+    ]
+    + [
+        (train.main, f"--problems plain.jsonl --model {name}", message)
+        for name, message in MODELS.items()
+    ]
+    + [(evaluation.main, flags, message) for flags, message in EVAL.items()]
+)
 
 
 def the_line(main, arguments, monkeypatch):
     """What the command prints as it exits with status 1. Any other end, a traceback say, fails the test."""
     monkeypatch.setattr(sys, "argv", ["program", *arguments.split()])
-    monkeypatch.setattr(sys.stdout, "reconfigure", lambda **options: None, raising=False)   # pytest's has none
+    monkeypatch.setattr(
+        sys.stdout, "reconfigure", lambda **options: None, raising=False
+    )  # pytest's has none
     with pytest.raises(SystemExit) as stop:
         evaluation.run_cli(main)
-    assert isinstance(stop.value.code, str) and stop.value.code.startswith("error: ")   # printed on stderr; the status is 1
+    assert isinstance(stop.value.code, str) and stop.value.code.startswith(
+        "error: "
+    )  # printed on stderr; the status is 1
     assert "\n" not in stop.value.code
     return stop.value.code
 
@@ -209,6 +254,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(main, arguments, message, inpu
 
 # --- Downloads --------------------------------------------------------------------------------------
 
+
 class Server(http.server.BaseHTTPRequestHandler):
     """Serves LINE in several broken ways, and well."""
 
@@ -219,7 +265,7 @@ class Server(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(LINE)))
         self.end_headers()
         if self.path == "/stall":
-            time.sleep(3)   # longer than the client of the test waits
+            time.sleep(3)  # longer than the client of the test waits
         elif self.path == "/slow":
             self.wfile.write(LINE[:10].encode())
             time.sleep(0.3)
@@ -247,32 +293,53 @@ SHA256 = hashlib.sha256(LINE.encode()).hexdigest()
 def cache(tmp_path, monkeypatch):
     """An empty cache directory, and a client that waits for half a second."""
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds, original=socket.setdefaulttimeout: original(0.5))
+    monkeypatch.setattr(
+        socket,
+        "setdefaulttimeout",
+        lambda seconds, original=socket.setdefaulttimeout: original(0.5),
+    )
     yield tmp_path / "minimal-grpo"
     monkeypatch.undo()
     socket.setdefaulttimeout(None)
 
 
-@pytest.mark.parametrize("path, message", {
-    "/cut": "invalid hash value|IncompleteRead", "/corrupt": "invalid hash value", "/stall": "timed out", "/missing": "404",
-    "refused": "Connection refused", "/stale": "the file there does not have SHA-256",
-}.items())
+@pytest.mark.parametrize(
+    "path, message",
+    {
+        "/cut": "invalid hash value|IncompleteRead",
+        "/corrupt": "invalid hash value",
+        "/stall": "timed out",
+        "/missing": "404",
+        "refused": "Connection refused",
+        "/stale": "the file there does not have SHA-256",
+    }.items(),
+)
 def test_a_download_that_fails_says_what_to_do(path, message, address, cache, inputs, monkeypatch):
     url = "http://127.0.0.1:1/" if path == "refused" else address + path
     monkeypatch.setitem(DOWNLOADS, "gsm8k train", (url, SHA256))
     if path == "/stale":
         cache.mkdir()
         (cache / "gsm8k-train.jsonl").write_text("an older one\n")
-    line = the_line(train.main, f"--model {inputs / 'chat'} --out {cache.parent / 'run'}", monkeypatch)
-    assert re.search(message, line) and f"put {url} at {cache / 'gsm8k-train.jsonl'} by hand" in line
+    line = the_line(
+        train.main, f"--model {inputs / 'chat'} --out {cache.parent / 'run'}", monkeypatch
+    )
+    assert (
+        re.search(message, line) and f"put {url} at {cache / 'gsm8k-train.jsonl'} by hand" in line
+    )
     assert not (cache.parent / "run").exists()
-    assert [file.name for file in cache.iterdir()] == (["gsm8k-train.jsonl"] if path == "/stale" else [])
+    assert [file.name for file in cache.iterdir()] == (
+        ["gsm8k-train.jsonl"] if path == "/stale" else []
+    )
 
 
 def test_two_that_fetch_at_once_both_get_the_whole_file(address, cache):
     found = []
-    threads = [threading.Thread(target=lambda: found.append(fetch(address + "/slow", SHA256, "p.jsonl").read_text()))
-               for _ in range(3)]
+    threads = [
+        threading.Thread(
+            target=lambda: found.append(fetch(address + "/slow", SHA256, "p.jsonl").read_text())
+        )
+        for _ in range(3)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -282,34 +349,66 @@ def test_two_that_fetch_at_once_both_get_the_whole_file(address, cache):
 
 # --- What is unusual, and right ---------------------------------------------------------------------
 
+
 def test_a_problems_file_of_every_accepted_form(tmp_path):
     (tmp_path / "forms.jsonl").write_bytes(
         b'\xef\xbb\xbf{"question": "a", "answer": 2}\r\n\r\n{"problem": "b", "answer": 0.5, "level": null}\n \t\n'
         b'{"question": "c", "golden": "3"}\r\n{"messages": [{"role": "user", "content": "d"}], "answer": "4"}\n'
-        b'{"question": "e", "answer": "work\\n#### 5"}\n{"question": "\xc3\xa9", "answer": -1e3}')
+        b'{"question": "e", "answer": "work\\n#### 5"}\n{"question": "\xc3\xa9", "answer": -1e3}'
+    )
     problems = load_problems(str(tmp_path / "forms.jsonl"), "")
     assert [(p.question, p.answer, p.line) for p in problems] == [
-        ("a", "2", 1), ("b", "0.5", 3), ("c", "3", 5), ("d", "4", 6), ("e", "5", 7), ("é", "-1000.0", 8)]
+        ("a", "2", 1),
+        ("b", "0.5", 3),
+        ("c", "3", 5),
+        ("d", "4", 6),
+        ("e", "5", 7),
+        ("é", "-1000.0", 8),
+    ]
 
 
 def test_a_template_that_rejects_a_system_message_is_fine(tmp_path):
     """There is no system message in our prompts."""
-    template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT_TEMPLATE
-    _, tokenizer = load_model(str(make_chat_model(tmp_path / "model", chat_template=template)), torch.device("cpu"))
+    template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+        + CHAT_TEMPLATE
+    )
+    _, tokenizer = load_model(
+        str(make_chat_model(tmp_path / "model", chat_template=template)), torch.device("cpu")
+    )
     assert build_prompt(tokenizer, evaluation.Problem("1+1?", "2"))
 
 
 def test_several_sets_are_held_out_at_once(tmp_path, inputs, monkeypatch):
     monkeypatch.chdir(inputs)
-    config = train.parse_config(["--model", "chat", "--problems", "plain.jsonl", "--eval-problems",
-                                 "one.jsonl,arithmetic,arithmetic-9-40"])
-    problems, worked, held_out = train.gather_problems(config, *load_model("chat", torch.device("cpu")))
-    assert {name: len(rows) for name, rows in held_out.items()} == {"one.jsonl": 1, **dict.fromkeys((
-        "arithmetic in", "arithmetic out", "arithmetic-9-40 in", "arithmetic-9-40 out"), 200)}
-    assert len(problems) == 20 and "boxed" in held_out["one.jsonl"][0].request and held_out["arithmetic in"][0].request == ""
+    config = train.parse_config(
+        [
+            "--model",
+            "chat",
+            "--problems",
+            "plain.jsonl",
+            "--eval-problems",
+            "one.jsonl,arithmetic,arithmetic-9-40",
+        ]
+    )
+    problems, worked, held_out = train.gather_problems(
+        config, *load_model("chat", torch.device("cpu"))
+    )
+    assert {name: len(rows) for name, rows in held_out.items()} == {
+        "one.jsonl": 1,
+        **dict.fromkeys(
+            ("arithmetic in", "arithmetic out", "arithmetic-9-40 in", "arithmetic-9-40 out"), 200
+        ),
+    }
+    assert (
+        len(problems) == 20
+        and "boxed" in held_out["one.jsonl"][0].request
+        and held_out["arithmetic in"][0].request == ""
+    )
 
 
 # --- Care -------------------------------------------------------------------------------------------
+
 
 def test_nothing_that_a_model_or_a_file_says_is_run():
     """No eval, exec or compile, no pickle, no shell, no code of the hub; torch.load only of weights."""
@@ -319,10 +418,28 @@ def test_nothing_that_a_model_or_a_file_says_is_run():
             where = f"{path.name}, line {getattr(node, 'lineno', 0)}"
             if isinstance(node, (ast.Import, ast.ImportFrom)):
                 modules = {alias.name for alias in node.names} | {getattr(node, "module", "")}
-                assert not modules & {"pickle", "dill", "joblib", "shelve", "marshal", "importlib.util"}, where
+                assert not modules & {
+                    "pickle",
+                    "dill",
+                    "joblib",
+                    "shelve",
+                    "marshal",
+                    "importlib.util",
+                }, where
             if isinstance(node, ast.Call):
-                name, options = ast.unparse(node.func), {word.arg: word.value for word in node.keywords}
-                assert name not in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "input"), where
+                name, options = (
+                    ast.unparse(node.func),
+                    {word.arg: word.value for word in node.keywords},
+                )
+                assert name not in (
+                    "eval",
+                    "exec",
+                    "compile",
+                    "__import__",
+                    "os.system",
+                    "os.popen",
+                    "input",
+                ), where
                 assert not name.endswith(("numpy.load", "np.load", "hub.load")), where
                 assert not {"trust_remote_code", "allow_pickle", "shell"} & set(options), where
                 if name == "torch.load":

@@ -21,11 +21,18 @@ from helpers import make_chat_model
 
 ROOT = Path(train.__file__).parent
 # Twelve steps in three iterations; the last save is two steps behind the fifth step and one behind the border at 4.
-FLAGS = ("--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 3 --eval-samples 1 --eval-every 7 "
-         "--show-every 0 --lr-warmup 0 --reward own.py:random_reward").split()
+FLAGS = (
+    "--sft-steps 10 --steps 4 --iterations 3 --save-every 3 --questions 3 --eval-limit 3 --eval-samples 1 --eval-every 7 "
+    "--show-every 0 --lr-warmup 0 --reward own.py:random_reward"
+).split()
 # "model" has the learned reward model in place of own.py, and is fitted behind steps 0 and 6; its SFT model knows a bit.
-VARIANTS = {"1": [], "2": ["--mu", "2"], "model": (
-    "--reward model --supervision process --iterations 2 --steps 6 --reward-size 20 --sft-steps 40").split()}
+VARIANTS = {
+    "1": [],
+    "2": ["--mu", "2"],
+    "model": (
+        "--reward model --supervision process --iterations 2 --steps 6 --reward-size 20 --sft-steps 40"
+    ).split(),
+}
 # All random numbers that a process has. the file stop_at holds the number of the call that fails.
 OWN = """
 import os, pathlib, random, signal, time, numpy, torch
@@ -65,8 +72,14 @@ def final_state(run):
     last = run / "checkpoints" / "12"
     state = torch.load(last / "state.pt", weights_only=True)
     assert state.pop("seconds") > 0
-    log = [{key: value for key, value in row.items() if not key.startswith("t_") and key not in ("tok_s", "mem_gb")}
-           for row in rows_of(run)]
+    log = [
+        {
+            key: value
+            for key, value in row.items()
+            if not key.startswith("t_") and key not in ("tok_s", "mem_gb")
+        }
+        for row in rows_of(run)
+    ]
     assert [row["step"] for row in log] == list(range(13))
     paths = [*sorted(last.glob("*.safetensors")), run / "model.safetensors"]
     return dict(weights={path.stem: load_file(path) for path in paths}, state=state, log=log)
@@ -88,8 +101,13 @@ def assert_same(a, b, where="state"):
 
 
 def command(*arguments, **options):
-    return subprocess.Popen([sys.executable, "-u", ROOT / "train.py", *arguments], stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(
+        [sys.executable, "-u", ROOT / "train.py", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
 
 
 def resume(run):
@@ -127,18 +145,19 @@ def failing_at(number, function):
 
 # --- Resume -----------------------------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_five_steps_and_seven_are_twelve_steps(variant, folder, straight, monkeypatch):
     """Bit by bit, across the border of an iteration; the sixth step has been dropped while sampling."""
     Path("stop_at").write_text("6")
-    if variant == "model":   # own.py is not asked, so fail after the first fit and five steps
+    if variant == "model":  # own.py is not asked, so fail after the first fit and five steps
         monkeypatch.setattr(train, "score", failing_at(6, train.score))
     with pytest.raises(InputError, match="stopped on purpose"):
         train.main([*FLAGS, *VARIANTS[variant], "--out", "run"])
     assert [path.name for path in sorted(Path("run/checkpoints").iterdir())] == ["3", "5"]
     Path("stop_at").unlink()
     if variant == "1":
-        resume("run")   # in a new process
+        resume("run")  # in a new process
     else:
         monkeypatch.undo()
         os.chdir(folder)
@@ -158,28 +177,43 @@ def test_what_a_gpu_keeps_in_bf16_is_resumed_as_well(folder, monkeypatch):
     Path("stop_at").unlink()
     train.main(["--resume", "run"])
     assert_same(final_state(Path("run")), final_state(Path("straight")))
-    assert {weight.dtype for weight in final_state(Path("run"))["weights"]["reference"].values()} == {torch.bfloat16}
+    assert {
+        weight.dtype for weight in final_state(Path("run"))["weights"]["reference"].values()
+    } == {torch.bfloat16}
 
 
 def test_the_random_numbers_and_both_passes_matter(straight):
     """What the comparison above rests on: rewards vary, weights move, mu = 2 is another run."""
     log = straight["1"]["log"]
-    assert len({row["reward"] for row in log[1:]}) == 12 and all(row["grad_norm"] > 0 for row in log[1:])
-    assert not torch.equal(straight["1"]["weights"]["policy"]["lm_head.weight"], straight["2"]["weights"]["policy"]["lm_head.weight"])
-    assert not torch.equal(straight["1"]["weights"]["policy"]["lm_head.weight"], straight["1"]["weights"]["reference"]["lm_head.weight"])
+    assert len({row["reward"] for row in log[1:]}) == 12 and all(
+        row["grad_norm"] > 0 for row in log[1:]
+    )
+    assert not torch.equal(
+        straight["1"]["weights"]["policy"]["lm_head.weight"],
+        straight["2"]["weights"]["policy"]["lm_head.weight"],
+    )
+    assert not torch.equal(
+        straight["1"]["weights"]["policy"]["lm_head.weight"],
+        straight["1"]["weights"]["reference"]["lm_head.weight"],
+    )
 
 
 def test_a_run_that_has_finished_stays_as_it_is_and_its_time_goes_on(folder, capsys):
     train.main([*FLAGS, "--out", "run"])
     assert sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["12", "9"]
     before = json.loads(Path("run/summary.json").read_text())
-    Path("run/summary.json").unlink()   # as if the process had been killed just before it was written
+    Path(
+        "run/summary.json"
+    ).unlink()  # as if the process had been killed just before it was written
     state = torch.load("run/checkpoints/12/state.pt", weights_only=True)
     torch.save({**state, "seconds": 1000.0}, "run/checkpoints/12/state.pt")
     train.main(["--resume", "run"])
     after = json.loads(Path("run/summary.json").read_text())
-    assert 1000 < after["seconds"] < 1060 and before["after"] == after["after"] and before["before"] == after["before"]
-
+    assert (
+        1000 < after["seconds"] < 1060
+        and before["after"] == after["after"]
+        and before["before"] == after["before"]
+    )
 
     before = {path: path.stat().st_mtime_ns for path in Path("run").rglob("*")}
     train.main(["--resume", "run"])
@@ -188,10 +222,32 @@ def test_a_run_that_has_finished_stays_as_it_is_and_its_time_goes_on(folder, cap
 
 
 def test_what_is_not_as_it_was_is_refused(folder):
-    Path("own.jsonl").write_text("".join('{"question": "1+%d?", "answer": "2"}\n' % n for n in range(20)))
+    Path("own.jsonl").write_text(
+        "".join('{"question": "1+%d?", "answer": "2"}\n' % n for n in range(20))
+    )
     model = str(make_chat_model(folder / "model"))
-    arguments = ["--model", model, "--problems", "own.jsonl", "--steps", "2", "--questions", "2", "--group-size", "2", "--out", "run",
-                 "--max-new-tokens", "4", "--eval-samples", "2", "--save-every", "1", "--reward", "own.py:random_reward"]
+    arguments = [
+        "--model",
+        model,
+        "--problems",
+        "own.jsonl",
+        "--steps",
+        "2",
+        "--questions",
+        "2",
+        "--group-size",
+        "2",
+        "--out",
+        "run",
+        "--max-new-tokens",
+        "4",
+        "--eval-samples",
+        "2",
+        "--save-every",
+        "1",
+        "--reward",
+        "own.py:random_reward",
+    ]
     Path("stop_at").write_text("2")
     with pytest.raises(InputError, match="on purpose"):
         train.main(arguments)
@@ -209,9 +265,22 @@ def test_what_is_not_as_it_was_is_refused(folder):
     with pytest.raises(InputError, match="its problems or its model have changed"):
         train.main(["--resume", "run"])
     Path("model/chat_template.jinja").write_text(template)
-    assert Path("run/metrics.jsonl").read_bytes() == log   # nothing of this has touched the log
+    assert Path("run/metrics.jsonl").read_bytes() == log  # nothing of this has touched the log
     # The options for memory may change, and what is as it was may be said again.
-    train.main(["--resume", "run", "--micro-tokens", "100", "--sample-tokens", "50", "--temperature", "1.0", "--out", "run"])
+    train.main(
+        [
+            "--resume",
+            "run",
+            "--micro-tokens",
+            "100",
+            "--sample-tokens",
+            "50",
+            "--temperature",
+            "1.0",
+            "--out",
+            "run",
+        ]
+    )
     assert [row["step"] for row in rows_of(Path("run"))] == [0, 1, 2]
 
 
@@ -226,7 +295,10 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_taken(fo
         path = Path("run/checkpoints/5", name)
         whole = path.read_bytes()
         path.write_bytes(whole[:-1000])
-        with pytest.raises(InputError, match="run/checkpoints/5 is damaged, or not of this model: delete it to go on with the one"):
+        with pytest.raises(
+            InputError,
+            match="run/checkpoints/5 is damaged, or not of this model: delete it to go on with the one",
+        ):
             train.main(["--resume", "run"])
         path.write_bytes(whole)
     assert Path("run/metrics.jsonl").read_bytes() == log
@@ -237,6 +309,7 @@ def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_taken(fo
 
 def test_a_checkpoint_runs_no_code(folder):
     """A pickle that would run code is refused, by weights_only=True."""
+
     class Harmful:
         def __reduce__(self):
             return os.mkdir, ("harm",)
@@ -251,6 +324,7 @@ def test_a_checkpoint_runs_no_code(folder):
 
 # --- Kills and signals ------------------------------------------------------------------------------
 
+
 def killed_at(kind, number, variant, folder):
     """Start the run, and kill it after so many seconds, begun checkpoints or lines of the log; or as its model is saved."""
     process, run = command(*FLAGS, *VARIANTS[variant], "--out", "run", cwd=folder), folder / "run"
@@ -259,17 +333,24 @@ def killed_at(kind, number, variant, folder):
     while process.poll() is None:
         now = (run / "checkpoints" / "unfinished").exists()
         saves, was = saves + (now and not was), now
-        if {"seconds": lambda: time.perf_counter() - begin >= number, "save": lambda: saves == number,
-                "line": lambda: log.exists() and log.read_bytes().count(b"\n") > number,
-                "model": (run / "model.safetensors").exists}[kind]():
+        if {
+            "seconds": lambda: time.perf_counter() - begin >= number,
+            "save": lambda: saves == number,
+            "line": lambda: log.exists() and log.read_bytes().count(b"\n") > number,
+            "model": (run / "model.safetensors").exists,
+        }[kind]():
             break
     process.kill()
     process.communicate()
     return process.returncode
 
 
-MOMENTS = [*(("seconds", seconds) for seconds in (0.0, 0.3, 0.6, 0.9)), *(("save", number) for number in (1, 2, 3, 4, 5)),
-           *(("line", number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 10, 11)), ("model", 1)]
+MOMENTS = [
+    *(("seconds", seconds) for seconds in (0.0, 0.3, 0.6, 0.9)),
+    *(("save", number) for number in (1, 2, 3, 4, 5)),
+    *(("line", number) for number in (0, 1, 2, 3, 4, 5, 7, 8, 10, 11)),
+    ("model", 1),
+]
 
 
 def kill_and_resume(moment, variant, folder, straight):
@@ -297,7 +378,7 @@ def test_killed_at_any_moment(moment, variant, folder, straight):
 def test_sigterm_saves_and_names_the_command_that_goes_on(folder, straight, capsys):
     process = command(*FLAGS, "--out", "run", "--save-every", "0")
     for line in process.stdout:
-        if re.match(r" +4 ", line):   # the fourth step has been printed
+        if re.match(r" +4 ", line):  # the fourth step has been printed
             break
     process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
@@ -312,11 +393,13 @@ def test_sigterm_saves_and_names_the_command_that_goes_on(folder, straight, caps
     assert [row["step"] for row in rows_of(Path("run"))] == list(range(13))
 
 
-def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_the_output_and_a_reward_catches_it(folder, straight):
+def test_ctrl_c_saves_even_if_it_has_ended_the_reader_of_the_output_and_a_reward_catches_it(
+    folder, straight
+):
     """As in `python train.py 2>&1 | tee log`; and the rewards that were made up on the way do not get into the run."""
     Path("swallow").touch()
     process = command(*FLAGS, "--out", "run")
-    while not Path("now").exists() and process.poll() is None:   # the sixth step is being sampled
+    while not Path("now").exists() and process.poll() is None:  # the sixth step is being sampled
         time.sleep(0.01)
     process.stdout.close()
     process.stderr.close()
@@ -341,8 +424,12 @@ eval.run_cli(train.main)
 @pytest.mark.slow
 def test_the_second_ctrl_c_ends_the_process_at_once(folder):
     Path("slow.py").write_text(SLOW_UPDATE)
-    process = subprocess.Popen([sys.executable, "-u", "slow.py", *FLAGS, "--sft-steps", "0", "--out", "run", str(ROOT)], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-u", "slow.py", *FLAGS, "--sft-steps", "0", "--out", "run", str(ROOT)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for line in process.stdout:
         if "in the update" in line:
             break
@@ -351,13 +438,14 @@ def test_the_second_ctrl_c_ends_the_process_at_once(folder):
         if "again" in line:
             break
     time.sleep(1)
-    assert process.poll() is None   # it waits for the update
+    assert process.poll() is None  # it waits for the update
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=10)
     assert process.returncode == -signal.SIGINT
 
 
 # --- Disk, memory, numbers --------------------------------------------------------------------------
+
 
 def test_a_save_on_a_full_disk_leaves_the_checkpoints_before_whole(folder, straight, capsys):
     """A limit on the size of a file takes the place of the full disk: from step 7 on nothing large can be written."""
@@ -373,68 +461,117 @@ def test_a_save_on_a_full_disk_leaves_the_checkpoints_before_whole(folder, strai
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(train, "load_reward", lambda name: filling)
-            with pytest.raises(OSError, match="the checkpoint of step 9 could not be written: .*File too large"):
+            with pytest.raises(
+                OSError, match="the checkpoint of step 9 could not be written: .*File too large"
+            ):
                 train.main([*FLAGS, "--out", "run"])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert len(calls) == 9 and sorted(path.name for path in Path("run/checkpoints").iterdir()) == ["3", "6"]
+    assert len(calls) == 9 and sorted(path.name for path in Path("run/checkpoints").iterdir()) == [
+        "3",
+        "6",
+    ]
     assert "python train.py --resume run" in capsys.readouterr().err
     train.main(["--resume", "run"])
     assert_same(final_state(Path("run")), straight["1"])
 
 
-@pytest.mark.parametrize("function, phase, saved", [
-    ("sample_problems", "sampling of step 1", ["0"]), ("update", "update of step 1", ["0"]), ("evaluate", "evaluation after step 0", [])])
-def test_out_of_memory_names_the_phase_and_what_helps(function, phase, saved, folder, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "function, phase, saved",
+    [
+        ("sample_problems", "sampling of step 1", ["0"]),
+        ("update", "update of step 1", ["0"]),
+        ("evaluate", "evaluation after step 0", []),
+    ],
+)
+def test_out_of_memory_names_the_phase_and_what_helps(
+    function, phase, saved, folder, monkeypatch, capsys
+):
     def full(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(train, function, full)
-    with pytest.raises(InputError, match=f"out of memory in the {phase}, peak 0.0 GB: lower") as error:
+    with pytest.raises(
+        InputError, match=f"out of memory in the {phase}, peak 0.0 GB: lower"
+    ) as error:
         train.main([*FLAGS, "--out", "run", "--save-every", "1", "--sft-steps", "0"])
     for flag in ("--sample-tokens", "--micro-tokens", "--group-size", "--activation-checkpointing"):
         assert flag in str(error.value)
-    assert "\n" not in str(error.value) and "python train.py --resume run" in capsys.readouterr().err
+    assert (
+        "\n" not in str(error.value) and "python train.py --resume run" in capsys.readouterr().err
+    )
     assert [path.name for path in Path("run").glob("checkpoints/*")] == saved
     monkeypatch.undo()
 
 
 def spoiled(row, function):
     """score_rows, in which one completion has become nan."""
+
     def spoil(model, rows, *rest):
         logp, *others = function(model, rows, *rest)
         return logp.masked_fill((torch.tensor(rows) == row)[:, None], float("nan")), *others
+
     return spoil
 
 
-@pytest.mark.parametrize("case, phase, blamed", [
-    ("warm-up", "step [2-9] of the warm-up", None), ("log-prob", "reference pass of step 1", [5]),
-    ("update", "update of step 1", [5]), ("gradient", "update of step 1", list(range(24))),
-    ("sampler", "sampling of step 2", None)])
-def test_numbers_that_are_not_finite_end_the_run_and_are_saved(case, phase, blamed, folder, monkeypatch):
+@pytest.mark.parametrize(
+    "case, phase, blamed",
+    [
+        ("warm-up", "step [2-9] of the warm-up", None),
+        ("log-prob", "reference pass of step 1", [5]),
+        ("update", "update of step 1", [5]),
+        ("gradient", "update of step 1", list(range(24))),
+        ("sampler", "sampling of step 2", None),
+    ],
+)
+def test_numbers_that_are_not_finite_end_the_run_and_are_saved(
+    case, phase, blamed, folder, monkeypatch
+):
     texts, original = [], train.sample_and_score
-    monkeypatch.setattr(train, "sample_and_score", lambda *rest: (batch := original(*rest), texts.append(batch.texts))[0])
+    monkeypatch.setattr(
+        train,
+        "sample_and_score",
+        lambda *rest: (batch := original(*rest), texts.append(batch.texts))[0],
+    )
     flags = []
     if case == "warm-up":
         flags = ["--sft-lr", "1e18"]
     elif case in ("log-prob", "update"):
         good = train.score_rows
         flags = ["--kl-beta", "0"] if case == "update" else []
-        monkeypatch.setattr(train, "score_rows", lambda model, rows, *rest: (
-            spoiled(5, good) if texts else good)(model, rows, *rest))
+        monkeypatch.setattr(
+            train,
+            "score_rows",
+            lambda model, rows, *rest: (spoiled(5, good) if texts else good)(model, rows, *rest),
+        )
     elif case == "gradient":
         flags = ["--sft-steps", "0"]
-        monkeypatch.setattr(train, "grpo_loss", lambda *rest, loss=train.grpo_loss: (
-            loss(*rest)[0] * float("inf"), loss(*rest)[1]))
+        monkeypatch.setattr(
+            train,
+            "grpo_loss",
+            lambda *rest, loss=train.grpo_loss: (loss(*rest)[0] * float("inf"), loss(*rest)[1]),
+        )
     else:
         flags = ["--lr", "1e18"]
-    with pytest.raises(FloatingPointError, match=f"inf or nan in the {phase}, first with question '") as error:
+    with pytest.raises(
+        FloatingPointError, match=f"inf or nan in the {phase}, first with question '"
+    ) as error:
         train.main([*FLAGS, *flags, "--out", "run"])
     found = json.loads(Path("run/not-finite.json").read_text())
-    assert re.fullmatch(phase, found["phase"]) and found["completions"] and "\n" not in str(error.value)
+    assert (
+        re.fullmatch(phase, found["phase"])
+        and found["completions"]
+        and "\n" not in str(error.value)
+    )
     assert all(re.fullmatch(r"[-+0-9]+", question) for question, text in found["completions"])
     if blamed:
         assert [text for _, text in found["completions"]] == [texts[0][row] for row in blamed]
-    steps = [row["step"] for row in rows_of(Path("run"))] if Path("run/metrics.jsonl").exists() else []
-    assert steps == {"warm-up": [], "sampler": [0, 1]}.get(case, [0])   # the step is not in the log, and not skipped
-    assert [path.name for path in Path("run").glob("checkpoints/*")] == ([] if case == "warm-up" else ["0"])
+    steps = (
+        [row["step"] for row in rows_of(Path("run"))] if Path("run/metrics.jsonl").exists() else []
+    )
+    assert steps == {"warm-up": [], "sampler": [0, 1]}.get(
+        case, [0]
+    )  # the step is not in the log, and not skipped
+    assert [path.name for path in Path("run").glob("checkpoints/*")] == (
+        [] if case == "warm-up" else ["0"]
+    )
