@@ -211,17 +211,16 @@ def step_optimizer(optimizer, model, lr, max_grad_norm):
 # --- 2. Algorithm 1 -----------------------------------------------------------------------------
 
 
-def train(policy, tokenizer, problems, worked, held_out, reward, config, out, log):
+def train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16=False):
     """Run Algorithm 1: iterations of steps of updates; its lines are named at the right.
 
     worked: problems with solutions, for the warm-up. held_out: {name: problems} to evaluate on.
-    log: a function that takes the row of each step, a dict. Goes on from the checkpoint in the
-    folder `out`, if there is one. Raises SystemExit after Ctrl-C or SIGTERM, with the run saved.
+    log: a function that takes the row of each step, a dict. bf16: sample and compute in bf16, as
+    on a GPU. Goes on from the checkpoint in the folder `out`, if there is one. Raises SystemExit
+    after Ctrl-C or SIGTERM, with the run saved.
     """
-    device = policy.device.type
-    bf16 = device == "cuda" and torch.cuda.is_bf16_supported()
-    autocast = torch.autocast(device, torch.bfloat16, enabled=bf16)
-    # AdamW needs float32 weights, sampling does not: on a GPU pi_old is a bf16 copy.
+    autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16)
+    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy.
     pi_old = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     needed = config.kl_beta or config.sample_from == "reference"
     reference = copy.deepcopy(pi_old) if needed else None
@@ -718,7 +717,7 @@ def main(argv):
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(out)
-    device, _ = pick_device(config.device, config.threads)
+    device, bf16 = pick_device(config.device, config.threads)
     if config.model:
         policy, tokenizer = load_model(config.model, device)
     else:
@@ -740,7 +739,7 @@ def main(argv):
     print("that the loss is near 0 is no bug: see grpo_loss", flush=True)
     log = partial(write_log, out=out, writer=writer)
     try:
-        train(policy, tokenizer, problems, worked, held_out, reward, config, out, log)
+        train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)
     except BaseException:
         if (out / "checkpoint.pt").exists():
             with contextlib.suppress(OSError):

@@ -1,7 +1,8 @@
-"""Small models that the tests build on the spot: no download, no GPU unless asked, no file outside the test's folder."""
+"""Fixtures: small models made on the spot. No download, no GPU unless TEST_DEVICE asks for one."""
 
 import contextlib
 import inspect
+import itertools
 import json
 import os
 import re
@@ -27,7 +28,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class OnDevice(torch.overrides.TorchFunctionMode):
-    """What tests make is made on DEVICE. What the code under test makes without device= is not, and fails where they meet."""
+    """Make on DEVICE what tests make. What the code makes without device= then meets it and fails."""
 
     makers = {
         torch.arange,
@@ -74,18 +75,12 @@ def chat_folder(tmp_path_factory):
 def story_file(tmp_path_factory):
     """Twelve problems in the format of GSM8K, written for these tests."""
     path = tmp_path_factory.mktemp("problems") / "stories.jsonl"
-    path.write_text(
-        "".join(
-            json.dumps(
-                {
-                    "question": f"Ada has {n} pens and buys {m} more boxes with 3 pens each. How many pens has she now?",
-                    "answer": f"She buys 3*{m} = <<3*{m}={3 * m}>>{3 * m} pens.\nNow she has {n + 3 * m} pens.\n#### {n + 3 * m}",
-                }
-            )
-            + "\n"
-            for n, m in [(n, m) for n in (2, 5, 9) for m in (1, 2, 4, 7)]
-        )
-    )
+    lines = []
+    for n, m in itertools.product((2, 5, 9), (1, 2, 4, 7)):
+        question = f"Ada has {n} pens and buys {m} boxes with 3 pens each. How many has she now?"
+        work = f"She buys 3*{m} = <<3*{m}={3 * m}>>{3 * m} pens.\nNow she has {n + 3 * m} pens.\n"
+        lines.append(json.dumps({"question": question, "answer": f"{work}#### {n + 3 * m}"}))
+    path.write_text("\n".join(lines))
     return path
 
 

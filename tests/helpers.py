@@ -1,11 +1,13 @@
-"""Builders of small random models. By hand, to try train.py on a real-looking model without a download:
+"""Small random models, and short runs. By hand, to try train.py on a model without a download:
 
-python tests/helpers.py FOLDER TEXTS.jsonl     a Qwen2-shaped model whose tokenizer is trained on TEXTS
+python tests/helpers.py FOLDER TEXTS.jsonl    Qwen2's shape; a tokenizer trained on TEXTS
 """
 
 import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -22,10 +24,18 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-DEVICE = torch.device(
-    os.environ.get("TEST_DEVICE", "cpu")
-)  # where tests/test_objective.py and test_sampling.py compute
+import train
+from eval import pick_device
+from reward import load_reward
 
+# where tests/test_objective.py and tests/test_sampling.py compute
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+
+# A run of seconds: three questions, four held-out problems, no warm-up.
+SHORT = (
+    "--sft-steps 0 --steps 2 --questions 3 --group-size 4 --eval-limit 4 --eval-samples 2 "
+    "--eval-every 0 --show-every 0 --lr-warmup 0 --threads 1"
+)
 SIZE = dict(
     vocab_size=40,
     hidden_size=32,
@@ -64,7 +74,7 @@ CONFIGS = {
 
 
 def tiny_model(name):
-    """A random model of a few thousand parameters, whose next-token distributions are far from uniform."""
+    """Make a random model of a few thousand parameters, whose next tokens are far from uniform."""
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(CONFIGS[name]()).eval().to(DEVICE)
 
@@ -85,7 +95,7 @@ TEXTS = [
 
 
 def make_chat_model(folder, texts=TEXTS, chat_template=CHAT_TEMPLATE, **config):
-    """Save a small Qwen2-shaped model with random weights and a BPE tokenizer trained on `texts`. Returns the path."""
+    """Save a small Qwen2-shaped model and a BPE tokenizer trained on `texts`. Returns the path."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -130,6 +140,39 @@ def make_chat_model(folder, texts=TEXTS, chat_template=CHAT_TEMPLATE, **config):
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
+
+
+def short_run(out, *flags, reward=None, log=None, bf16=False):
+    """Train the built-in model by train.train for a moment, with plain arguments and no main.
+
+    flags: options of train.py, on top of SHORT. reward: any function; None: that of the flags.
+    log: takes the row of each step. Returns (rows, policy): what was logged, and the model.
+    """
+    config = train.parse_config([*SHORT.split(), *" ".join(flags).split()])
+    device, _ = pick_device("cpu", config.threads)
+    policy, tokenizer = train.make_tiny_model(config.seed, device)
+    problems, worked, held_out = train.gather_problems(config, policy, tokenizer)
+    reward = reward or load_reward(config.reward)
+    rows = []
+    out.mkdir(parents=True, exist_ok=True)
+    train.train(
+        policy,
+        tokenizer,
+        problems,
+        worked,
+        held_out,
+        reward,
+        config,
+        out,
+        lambda row: (rows.append(dict(row)), log and log(row)),
+        bf16,
+    )
+    return rows, policy
+
+
+def parity_reward(prompts, completions, answer):
+    """A reward that an untaught model earns half of the time: 1.0 for texts of odd length."""
+    return [float(len(text) % 2) for text in completions]
 
 
 if __name__ == "__main__":
