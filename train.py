@@ -374,18 +374,20 @@ def rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward):
     PAPER: a model judges the steps; here the rule does, or a model that learns the rule. The final
     answer is the last step, and ends with the last token.
     """
-    steps = [step_rewards(text) for text in texts]  # for each text [(end, reward), ...]
+    places = []  # for each text, where its steps end, in characters
+    earned = []
+    for text in texts:
+        steps = step_rewards(text)
+        places.append([end for end, _ in steps])
+        earned.append([right for _, right in steps])
     if isinstance(reward, LearnedReward):
-        places = [[end for end, _ in found] for found in steps]
-        judged = reward.judge(questions, texts, places)
-        steps = [list(zip(*pair, strict=True)) for pair in zip(places, judged, strict=True)]
+        earned = reward.judge(questions, texts, places)
     rewards = []
     ends = []
     for i, text in enumerate(texts):
         ids = samples.completion_ids[i][samples.mask[i]].tolist()
-        places = step_ends(tokenizer, ids, text, [end for end, _ in steps[i]])
-        ends.append(torch.tensor([*places, len(ids) - 1]))
-        rewards.append(torch.tensor([*(earned for _, earned in steps[i]), outcomes[i]]))
+        rewards.append(torch.tensor([*earned[i], outcomes[i]]))
+        ends.append(torch.tensor([*step_ends(tokenizer, ids, text, places[i]), len(ids) - 1]))
     pad = partial(pad_sequence, batch_first=True, padding_value=-1)
     return pad(rewards), pad(ends)
 
@@ -626,12 +628,10 @@ def write_log(row, out, writer=None):
 
 def print_columns(row):
     """Print one line of numbers (README, "Read the log"), with a heading now and then."""
-    names = [name for name in COLUMNS if name in row]
-    widths = [max(7, len(name)) for name in names]
+    widths = {name: max(7, len(name)) for name in COLUMNS if name in row}
     if row["step"] % 20 == 1:
-        print(*(f"{name:>{width}}" for name, width in zip(names, widths, strict=True)))
-    cells = [format(row[name], COLUMNS[name]) for name in names]
-    print(*(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True)), flush=True)
+        print(*(f"{name:>{width}}" for name, width in widths.items()))
+    print(*(f"{row[name]:{width}{COLUMNS[name]}}" for name, width in widths.items()), flush=True)
     if row["truncated"] > 0.5:
         print(f"{row['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 
@@ -711,12 +711,9 @@ def main(argv):
         print(f"{out} has finished, and there is nothing to go on with")
         return
     learned = config.reward == "model"
-    reward = None if learned else load_reward(config.reward)
-    writer = None
+    reward = None if learned else load_reward(config.reward)  # what is wrong with it shows now
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(out)
     device, bf16 = pick_device(config.device, config.threads)
     if config.model:
         policy, tokenizer = load_model(config.model, device)
@@ -737,7 +734,7 @@ def main(argv):
         (out / "run.json").write_text(json.dumps(run, indent=1))
     print(f"{policy.num_parameters():,} parameters on {device}; the run goes to {out}")
     print("that the loss is near 0 is no bug: see grpo_loss", flush=True)
-    log = partial(write_log, out=out, writer=writer)
+    log = partial(write_log, out=out, writer=SummaryWriter(out) if config.tensorboard else None)
     try:
         train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)
     except BaseException:
@@ -759,8 +756,8 @@ def choose_folder(config):
             raise InputError(f"--out {out} is a file or not empty: name another folder")
         return out
     name = f"runs/{Path(config.problems).stem}-{config.seed}"
-    names = itertools.chain([name], (f"{name}-{number}" for number in itertools.count(2)))
-    return next(path for path in map(Path, names) if not path.exists())
+    free = (number for number in itertools.count(2) if not Path(f"{name}-{number}").exists())
+    return Path(f"{name}-{next(free)}" if Path(name).exists() else name)
 
 
 def summarise(config, out):
