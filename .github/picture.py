@@ -1,4 +1,4 @@
-"""Draw .github/learning.png, the picture of the README, from the logs of runs. Needs matplotlib (pip install matplotlib).
+"""Draw learning.png, the picture of the README, from the logs of runs (pip install matplotlib).
 
 for S in 0 1 2; do python train.py --seed $S --eval-every 4 --out runs/picture-$S; done
 python .github/picture.py runs/picture-0 runs/picture-1 runs/picture-2
@@ -40,7 +40,11 @@ for seed, folder in enumerate(sys.argv[1:]):
     ):
         points = [(row["step"], row["eval"][split]["sampled"]) for row in rows if "eval" in row]
         panels[1].plot(
-            *zip(*points), color=colour, alpha=0.85, linewidth=1.5, label="" if seed else label
+            *zip(*points, strict=True),
+            color=colour,
+            alpha=0.85,
+            linewidth=1.5,
+            label="" if seed else label,
         )
 panels[0].set(
     title="reward of the training samples",
