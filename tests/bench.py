@@ -30,11 +30,17 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from helpers import make_chat_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    TrainerCallback,
+)
 
 import eval as evaluation
 import train
-from grpo import bf16_weights
+from grpo import bf16_weights, token_logprobs
 from reward import LearnedReward
 
 SMALL = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4}
@@ -290,6 +296,40 @@ def show_memory():
     ratio = kept["GRPO"] / kept["PPO"]
     print(f"built-in model, with bf16 copies, in MB: GRPO {kept['GRPO'] / 1e6:.2f}, ", end="")
     print(f"PPO {kept['PPO'] / 1e6:.2f}, {ratio:.2f} of it")
+    shapes = {"0.5B": QWEN, "1.5B": QWEN | {"hidden_size": 1536, "intermediate_size": 8960}}
+    shapes["1.5B"] |= {"num_hidden_layers": 28, "num_attention_heads": 12}
+    for name, shape in shapes.items():
+        one, two = (kept_for_backward(shape, layers) for layers in (1, 2))
+        update = one + (shape["num_hidden_layers"] - 1) * (two - one)
+        heads = shape["hidden_size"] // shape["num_attention_heads"] * 2  # of keys and of values
+        cache = 2 * 2 * heads * shape["num_hidden_layers"]  # numbers of 2 bytes
+        print(f"Qwen2.5-{name}: KV cache {cache} bytes per token; an update keeps ", end="")
+        print(f"{update / 1e6:.2f} MB per token, {update * MICRO_TOKENS / 1e9:.1f} GB at a time")
+
+
+def kept_for_backward(shape, layers, rows=8, width=512, prompt=150):
+    """Count the bytes per token that autograd keeps of a micro-batch in bf16, on the CPU.
+
+    Rows of `width` tokens, of which `prompt` are the prompt's; a token counts as in --micro-tokens.
+    """
+    config = Qwen2Config(vocab_size=1000, **(shape | {"num_hidden_layers": layers}))
+    model = Qwen2ForCausalLM(config)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def keep(x):
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = (storage.nbytes(), x)  # x: its place is not used again
+        return x
+
+    ids = torch.randint(1000, (rows, width))
+    mask = torch.ones(rows, width - prompt).bool()
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x)
+    with hooks, torch.autocast("cpu", torch.bfloat16):
+        prompts = ids[:1, :prompt]
+        token_logprobs(model, prompts, torch.ones_like(prompts), ids[:, prompt:], mask, 1.0)
+    return sum(size for size, _ in kept.values()) / ids.numel()
 
 
 def main():
