@@ -336,27 +336,21 @@ def warm_up(policy, tokenizer, worked, config, out, autocast):
     for step in (bar := tqdm(range(config.sft_steps), desc="supervised warm-up")):
         rows = rng.sample(worked, min(32, len(worked)))
         prompts = [build_prompt(tokenizer, problem) for problem in rows]
-        texts = [problem.solution for problem in rows]
-        solutions = tokenizer(texts, add_special_tokens=False).input_ids
-        solutions = [ids + [tokenizer.eos_token_id] for ids in solutions]
+        solutions = []
+        for problem in rows:
+            ids = tokenizer(problem.solution, add_special_tokens=False).input_ids
+            solutions.append([*ids, tokenizer.eos_token_id])
+        prompt_ids, prompt_mask = pad_rows(prompts, "left", policy.device)
         ids, mask = pad_rows(solutions, "right", policy.device)
-        unused = torch.zeros(mask.shape, device=policy.device)
-        batch = Batch(
-            *pad_rows(prompts, "left", policy.device),
-            completion_ids=ids,
-            mask=mask,
-            question=torch.arange(len(rows), device=policy.device),
-            advantages=unused,
-            weights=token_weights(mask, "token"),
-            logp_old=unused,
-            logp_ref=unused,
-        )
+        weights = token_weights(mask, "token")
+        at_once = max(1, config.micro_tokens // (prompt_ids.shape[1] + ids.shape[1]))
         total = 0.0
-        for index in micro_batches(batch, config.micro_tokens):
-            micro = batch.rows(index)
+        for i in range(0, len(rows), at_once):
+            part = slice(i, i + at_once)
+            texts = (prompt_ids[part], prompt_mask[part], ids[part], mask[part])
             with autocast:
-                logp, _ = token_logprobs(policy, *micro[:4], 1.0, micro.question)  # (n, t)
-            loss = -(micro.weights * logp).sum()  # cross-entropy: the mean -log p of a token
+                logp, _ = token_logprobs(policy, *texts, 1.0)  # (n, t), at temperature 1
+            loss = -(weights[part] * logp).sum()  # cross-entropy: the mean -log p of a token
             loss.backward()
             total += loss.item()
         lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)

@@ -1,89 +1,82 @@
 """Make an assignment out of this project, in a new folder:
 
-    python tests/make_assignment.py FOLDER                                     every public function of grpo.py is blank
-    python tests/make_assignment.py FOLDER --functions kl_estimate,grpo_loss   only these
-    python tests/make_assignment.py FOLDER --bug 12                            a silent bug, of test_mutants.py, instead
+    python tests/make_assignment.py FOLDER                              all functions are blank
+    python tests/make_assignment.py FOLDER --functions kl_estimate,...  only these
+    python tests/make_assignment.py FOLDER --bug 12                     a bug of test_mutants.py
 
-A blank function keeps its signature and its docstring, and raises NotImplementedError; helpers that only blank functions
-use are gone. Then the tests are run, here and there: those that fail there must be exactly those that call a blank
-function here. The table shows how many tests each function has. Tests that hold solutions stay behind.
+The functions are those of grpo.py with a contract in tests/adapters.py. A blank one keeps its
+signature and its docstring, and raises NotImplementedError; helpers that nothing else uses go.
+Then the tests are run, here and there: those that fail there must be exactly those that call a
+blank function here. Tests that hold solutions stay behind.
 """
 
 import argparse
 import ast
-import json
+import multiprocessing
+import os
 import shutil
-import subprocess
 import sys
-import tempfile
-from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
-STAY = {
-    "make_assignment.py",
-    "test_assignment.py",
-    "test_mutants.py",
-    "test_readme.py",
-}  # solutions, and tests of the README
+OTHERS = ["requirements.txt", "README.md", "LICENSE", ".gitignore"]
+# They hold solutions, or test the README.
+STAY = ["make_assignment.py", "test_assignment.py", "test_mutants.py", "test_readme.py"]
 # The tests of single functions. All others train or evaluate, which needs nearly all of grpo.py.
 FILES = ["test_objective.py", "test_sampling.py", "test_reward.py"]
 
 
+def functions(source):
+    """Return the functions of a module: {name: its syntax tree}, in order."""
+    return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+
+
 def public_functions(source):
-    """The names of a module's functions that do not begin with "_", in its order."""
-    return [
-        node.name
-        for node in ast.parse(source).body
-        if isinstance(node, ast.FunctionDef) and node.name[0] != "_"
-    ]
+    """Return the names of the functions that have a contract in tests/adapters.py."""
+    contracts = functions((ROOT / "tests" / "adapters.py").read_text(encoding="utf-8"))
+    return [name for name in functions(source) if name in contracts]
 
 
 def blank(source, names):
-    """The source with these functions blank, and without the helpers that nothing but them has used."""
-    lines, functions = (
-        source.splitlines(keepends=True),
-        [n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef)],
-    )
-    for node in reversed(functions):  # from the end, so that line numbers hold
-        if node.name in names:
-            lines[node.body[0].end_lineno : node.end_lineno] = [
-                f'    raise NotImplementedError("{node.name} is yours to write")\n'
-            ]
-    left = "".join(lines)
-    for node in [
-        node
-        for node in ast.parse(left).body
-        if isinstance(node, ast.FunctionDef) and node.name[0] == "_"
-    ][::-1]:
-        if left.count(node.name) == 1:  # its own definition
-            rows = left.splitlines(keepends=True)
-            left = "".join(rows[: node.lineno - 1] + rows[node.end_lineno :])
-    return left
+    """Return the source with these functions blank, without helpers that nothing uses any more."""
+    lines = source.splitlines(keepends=True)
+    for name, node in reversed(functions(source).items()):  # from the end, so line numbers hold
+        if name in names:
+            body = slice(node.body[0].end_lineno, node.end_lineno)
+            lines[body] = [f'    raise NotImplementedError("{name} is yours to write")\n']
+    source = "".join(lines)
+    used = [node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
+    for name, node in functions(source).items():
+        if name not in [*used, *public_functions(source)]:
+            lines = source.splitlines(keepends=True)
+            del lines[node.lineno - 1 : node.end_lineno + 2]  # and two blank lines behind it
+            return blank("".join(lines), [])  # its own helpers may go, too
+    return source
 
 
 class Watcher:
-    """A pytest plugin: which of the functions does each test call, and which tests fail?"""
+    """A plugin of pytest: which of the functions does each test call, and which tests fail?"""
 
     def __init__(self, names):
-        self.names, self.calls, self.failed = set(names), {}, set()
+        self.names = names
+        self.calls = {}
+        self.failed = set()
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_protocol(self, item):
-        seen = set()
-        sys.setprofile(
-            lambda frame, event, arg: (
-                event == "call"
-                and frame.f_code.co_filename.endswith("grpo.py")
-                and seen.add(frame.f_code.co_name)
-            )
-        )
+        self.calls[item.nodeid] = self.seen = set()
+        sys.setprofile(self.note)
         yield
         sys.setprofile(None)
-        self.calls[item.nodeid] = sorted(seen & self.names)
+
+    def note(self, frame, event, arg):
+        code = frame.f_code
+        if event == "call" and code.co_name in self.names and code.co_filename.endswith("grpo.py"):
+            self.seen.add(code.co_name)
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -91,99 +84,71 @@ class Watcher:
 
 
 def watch(project, names, files):
-    """(calls, failed) of the tests in these files of a project, run in a process of their own."""
-    with tempfile.TemporaryDirectory() as folder:
-        record = Path(folder, "record.json")
-        done = subprocess.run(
-            [sys.executable, __file__, "--watch", record, ",".join(names), *files],
-            cwd=project,
-            capture_output=True,
-            text=True,
-        )
-        if not record.exists():
-            sys.exit(
-                f"error: the tests of {project} could not be run:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-            )
-        return json.loads(record.read_text())
+    """Run the tests in these files of a project: ({test: calls}, tests that fail)."""
+    os.chdir(project)
+    watcher = Watcher(names)
+    paths = [f"tests/{file}" for file in files]
+    if pytest.main([*paths, "-p", "no:terminal", "-p", "no:cacheprovider"], [watcher]) > 1:
+        sys.exit(f"error: in {project} pytest cannot run {', '.join(paths)}")
+    return watcher.calls, watcher.failed
 
 
-def watched(record, names, *files):
-    """The other side of `watch`: runs in its process."""
-    watcher = Watcher(names.split(","))
-    pytest.main(
-        [*(f"tests/{file}" for file in files), "-q", "--tb=no", "-p", "no:cacheprovider"],
-        plugins=[watcher],
-    )
-    Path(record).write_text(json.dumps([watcher.calls, sorted(watcher.failed)]))
-
-
-def check(folder, names):
-    """Print which function has how many tests; exit with status 1 unless exactly those fail that have to."""
-    calls, broken = watch(ROOT, names, FILES)
-    _, failed = watch(folder, names, FILES)
-    expected = sorted(test for test, functions in calls.items() if functions)
-    tests = Counter(name for functions in calls.values() for name in functions)
+def check(folder, names, files):
+    """Print how many tests each function has; exit with an error unless the right ones fail."""
+    with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
+        here, there = pool.map(watch, (ROOT, folder), (names, names), (files, files))
+    calls, broken = here
+    failed = there[1]
     for name in names:
-        print(f"{name:<20} {tests[name]:>4} tests call it")
-    for what, wrong in (
-        ("fail before anything is blank", broken),
-        ("fail, and call nothing blank", {*failed} - {*expected}),
-        ("pass, and call something blank", {*expected} - {*failed}),
-    ):
-        if wrong:
-            sys.exit(f"error: {len(wrong)} tests {what}: {', '.join(sorted(wrong)[:5])}")
-    print(
-        f"in {folder} {len(failed)} of {len(calls)} tests fail: exactly those that call a blank function"
-    )
+        print(f"{name:<20} {sum(name in called for called in calls.values()):>4} tests call it")
+    expected = {test for test, called in calls.items() if called}
+    if misfits := sorted(broken | failed ^ expected):
+        sys.exit(f"error: {len(misfits)} tests fail for no reason, or pass: {misfits[:5]}")
+    count = f"{len(failed)} of {len(calls)}"
+    print(f"in {folder} {count} tests fail: exactly those that call a blank function")
+
+
+def with_bug(number):
+    """Return the name of a script, and its text with a mistake of test_mutants.py."""
+    sys.path.insert(0, str(ROOT))
+    from test_mutants import MUTANTS, plant
+
+    if not 1 <= number <= len(MUTANTS):
+        sys.exit(f"error: --bug {number}: take 1 to {len(MUTANTS)}")
+    _, function, _, right, wrong = MUTANTS[number - 1]
+    script = function.partition(".")[0] + ".py"
+    return script, plant((ROOT / script).read_text(encoding="utf-8"), function, right, wrong)
 
 
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("folder", help="a new one")
-    parser.add_argument(
-        "--functions", help="of grpo.py, with commas between (default: all public ones)"
-    )
-    parser.add_argument(
-        "--bug",
-        type=int,
-        metavar="NUMBER",
-        help="plant this wrong version, and leave the tests away",
-    )
+    source = (ROOT / "grpo.py").read_text(encoding="utf-8")
+    known = ",".join(public_functions(source))
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--functions", default=known)
+    parser.add_argument("--bug", type=int)
     args = parser.parse_args(argv)
-    folder, source = Path(args.folder), (ROOT / "grpo.py").read_text(encoding="utf-8")
-    names = args.functions.split(",") if args.functions else public_functions(source)
-    if unknown := set(names) - set(public_functions(source)):
-        sys.exit(
-            f"error: grpo.py has no function {', '.join(unknown)}; it has {', '.join(public_functions(source))}"
-        )
-    if args.bug is not None:
-        sys.path.insert(0, str(ROOT))
-        from test_mutants import MUTANTS
-
-        if not 1 <= args.bug <= len(MUTANTS):
-            sys.exit(f"error: --bug {args.bug}: take 1 to {len(MUTANTS)}")
-    if folder.exists():
-        sys.exit(f"error: {folder} exists, and nothing is overwritten: name a new folder")
-    folder.mkdir(parents=True)
-    for name in [*SCRIPTS, "requirements.txt", "README.md", "LICENSE", ".gitignore"]:
-        shutil.copy(ROOT / name, folder / name)
-    if args.bug:
-        _, module, right, wrong, _ = MUTANTS[args.bug - 1]
-        path = folder / f"{module}.py"
-        path.write_text(path.read_text(encoding="utf-8").replace(right, wrong), encoding="utf-8")
-        return print(f"{folder} has one bug, in one line; it runs, and says nothing")
-    (folder / "grpo.py").write_text(blank(source, names), encoding="utf-8")
-    (folder / "tests").mkdir()
+    names = args.functions.split(",")
+    if unknown := set(names) - set(known.split(",")):
+        sys.exit(f"error: no function {', '.join(unknown)} to blank: take some of {known}")
+    bug = args.bug is not None
+    script, text = with_bug(args.bug) if bug else ("grpo.py", blank(source, names))
+    if args.folder.exists():
+        sys.exit(f"error: {args.folder} exists, and nothing is overwritten: name a new folder")
+    args.folder.mkdir(parents=True)
+    for name in SCRIPTS + OTHERS:
+        shutil.copy(ROOT / name, args.folder)
+    (args.folder / script).write_text(text, encoding="utf-8")
+    if bug:
+        print(f"{args.folder} has one bug, in one place; it runs, and says nothing")
+        return
+    (args.folder / "tests").mkdir()
     for path in (ROOT / "tests").glob("*.py"):
         if path.name not in STAY:
-            shutil.copy(path, folder / "tests" / path.name)
-    check(folder.resolve(), names)
+            shutil.copy(path, args.folder / "tests")
+    check(args.folder.resolve(), names, FILES)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--watch"]:
-        watched(*sys.argv[2:])
-    else:
-        main(sys.argv[1:])
+    main(sys.argv[1:])

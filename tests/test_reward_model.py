@@ -1,581 +1,255 @@
-"""Rewards of steps, the learned reward model of Algorithm 1, and the other methods of the unified view."""
+"""Rewards of steps, and the learned reward model of Algorithm 1."""
 
-import json
-import re
-from types import SimpleNamespace
+import contextlib
+import random
 
 import pytest
 import torch
+from adapters import LearnedReward, Samples, accuracy_rewards, completion_mask, process_advantages
+from helpers import make_chat_model
 from tokenizers import Tokenizer, decoders, models
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 import train
-from adapters import (
-    RewardModel,
-    Samples,
-    completion_mask,
-    fit,
-    outcome_advantages,
-    process_advantages,
-    score,
+from eval import Problem
+
+FLAGS = (
+    "--questions 3 --group-size 4 --max-new-tokens 20 --steps 2 --sft-steps 0 --lr 1e-3 "
+    "--lr-warmup 0 --eval-every 0 --show-every 0 --reward model"
 )
-from eval import Problem, load_model
-from helpers import make_chat_model, tiny_model
-from train import Config, sample_and_score, step_ends
-
-CPU = torch.device("cpu")
-TINY = [
-    "--questions",
-    "3",
-    "--eval-limit",
-    "3",
-    "--eval-samples",
-    "1",
-    "--show-every",
-    "0",
-    "--eval-every",
-    "0",
-]
-
-
-def rows_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-# --- From characters to tokens ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def byte_tokenizer(tmp_path_factory):
-    """One whose tokens hold several characters ("= 12.\n"), or a part of one (the bytes of a sign it has never seen)."""
-    texts = ["3 * 4 = 12.\nThen 12 + 5 = 17.\n"] * 20
-    return load_model(str(make_chat_model(tmp_path_factory.mktemp("bytes") / "model", texts)), CPU)[
-        1
-    ]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "3 * 4 = 12.\nThen 12 + 5 = 17.\n\\boxed{17}",
-        "一共3+4=7个。2+2=4。 é½…",
-        "1+1=2",
-        "2+2=4🙂。3+3=6",
-        "3 * 4 = 12.\n\nThen 12 + 5 = 17.",
-    ],
-)
-def test_a_step_ends_in_the_token_that_holds_its_last_character(text, byte_tokenizer):
-    ids = byte_tokenizer(text, add_special_tokens=False).input_ids
-    lengths = [
-        len(byte_tokenizer.decode(ids[:n]).rstrip("\ufffd")) for n in range(1, len(ids) + 1)
-    ]  # whole characters
-    for end in range(1, len(text) + 1):
-        (place,) = step_ends(byte_tokenizer, ids, text, [end])
-        assert place == next(n for n, length in enumerate(lengths) if length >= end)
-    assert len(ids) != len(text) or text == "1+1=2"  # not one token a character
-
-
-def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
-    """Llama 2's kind of tokenizer shows a run of bytes as nothing but U+FFFD until the last character of it is whole."""
-    text = "2+2=4。很漂亮的孩子们学会了加法"
-    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"0123456789+=\n"]
-    tokenizer = Tokenizer(
-        models.BPE(
-            {word: i for i, word in enumerate(words)}, [], unk_token="<unk>", byte_fallback=True
-        )
-    )
-    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    assert tokenizer.decode(ids) == text and "4" not in tokenizer.decode(ids[5:-1])
-    assert step_ends(tokenizer, ids, text, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
-
-
-def test_special_tokens_within_a_completion_do_not_shift_the_ends(byte_tokenizer):
-    ids = byte_tokenizer("1+1=2", add_special_tokens=False).input_ids
-    end = byte_tokenizer.convert_tokens_to_ids("<|im_end|>")
-    with_special = [end, *ids, end]
-    text = byte_tokenizer.decode(with_special, skip_special_tokens=True)
-    assert text == "1+1=2" and step_ends(byte_tokenizer, with_special, text, [5]) == [len(ids)]
-
-
-# --- What a step earns ------------------------------------------------------------------------------
-
 TEXTS = [
     "7+5=12\n12-4=8\n\\boxed{8}",
     "7+5=13\n13-4=9\n\\boxed{9}",
     "\\boxed{8}",
     "7+5-4=9\n\\boxed{9}",
 ]
+EARNED = [[1, 1, 1], [0, 1, 0], [1], [0, 0]]  # by each step, and by the answer
+ENDS = [[4, 10, 15], [4, 10, 15], [3], [6, 11]]  # tokens: 7, +, 5, =, 12, "\n", 12, ... <end>
+PROBLEMS = [Problem("7+5-4", "8", text) for text in TEXTS]
 
 
-def scripted(monkeypatch, config, texts=TEXTS, reward_model=None):
-    """sample_and_score on completions of our own. Returns the batch and, for each completion, its pieces of text."""
-    policy, tokenizer = train.make_tiny_model(train.Config(), CPU)
-    rows = [tokenizer(text, add_special_tokens=False).input_ids + [1] for text in texts]
-    ids = torch.tensor([row + [0] * (30 - len(row)) for row in rows])
-    mask = completion_mask(ids, {1})
-    prompt = tokenizer("<user>7+5-4<assistant>", add_special_tokens=False).input_ids
-    problems = [Problem("7+5-4", "8")] * (len(texts) // config.group_size)
-    prompt_ids = torch.tensor([[0, 0, *prompt]] * len(problems))
-    monkeypatch.setattr(
-        train,
-        "sample_problems",
-        lambda *_: (
-            prompt_ids,
-            prompt_ids > 0,
-            Samples(ids, mask, torch.zeros(ids.shape), ~mask[:, -1]),
-            texts,
-        ),
-    )
-    run = SimpleNamespace(
-        sampler=policy, reference=policy, tokenizer=tokenizer, reward_model=reward_model
-    )
-    return sample_and_score(run, problems, config), [
-        [tokenizer.decode(i) for i in row] for row in rows
-    ]
+def settings(*flags):
+    return train.parse_config([*FLAGS.split(), *" ".join(flags).split()])
 
 
-def test_process_supervision_rewards_each_step_up_to_its_end(monkeypatch):
-    batch, pieces = scripted(monkeypatch, Config(group_size=4, supervision="process"))
-    # Of the 8 entries 7+5=12, 12-4=8, boxed | 7+5=13, 13-4=9, boxed | boxed | 7+5-4=9, boxed these earn 1: 1 1 1 | 0 1 0 | 1 | 0 0
-    earned, ends = [[1, 1, 1], [0, 1, 0], [1], [0, 0]], [[4, 10, 15], [4, 10, 15], [3], [6, 11]]
-    for row, places in zip(pieces, ends):
-        texts = ["".join(row[: place + 1]) for place in places]
-        assert texts[-1].endswith("<end>") and all(
-            text.endswith(("2", "3", "8", "9")) for text in texts[:-1]
-        )
-    flat = torch.tensor(sum(earned, []), dtype=torch.float32)
-    normal = [((r - flat.mean()) / (flat.std() + 1e-4)).tolist() for r in map(torch.tensor, earned)]
-    for i in range(4):
-        expected = [sum(r for end, r in zip(ends[i], normal[i]) if end >= t) for t in range(30)]
-        torch.testing.assert_close(batch.advantages[i], torch.tensor(expected), rtol=0, atol=1e-5)
-    assert batch.rewards.tolist() == [[1, 0, 1, 0]]  # what is logged is the final answer
+def learned(policy, tokenizer, lr=1e-3, steps=False, kind=LearnedReward):
+    torch.manual_seed(0)  # for the head
+    return kind(policy, tokenizer, lr, 30, steps)
 
 
-def test_outcome_supervision_and_the_indicator(monkeypatch):
-    for config, expected in (
-        (
-            Config(group_size=2),
-            outcome_advantages(torch.tensor([[1.0, 0.0], [1.0, 0.0]])).flatten(),
-        ),
-        (Config(group_size=2, advantage="indicator"), torch.tensor([1.0, 0.0, 1.0, 0.0])),
-        (Config(group_size=2, scale_rewards="none"), torch.tensor([0.5, -0.5, 0.5, -0.5])),
-    ):
-        batch, _ = scripted(monkeypatch, config)
-        assert batch.advantages.shape == batch.mask.shape and torch.equal(
-            batch.advantages, expected[:, None].expand(4, 30)
-        )
-    monkeypatch.setattr(
-        train,
-        "process_advantages",
-        lambda *given: given[-1] == "none" and process_advantages(*given),
-    )
-    assert scripted(monkeypatch, Config(group_size=2, supervision="process", scale_rewards="none"))[
-        0
-    ].advantages.any()
-
-
-def test_examples_hold_prompt_and_completion_and_the_verdict_of_the_rule(monkeypatch):
-    for supervision, ends, labels in (
-        ("outcome", [[15], [15], [3], [11]], [[1], [0], [1], [0]]),
-        ("process", [[4, 10, 15], [4, 10, 15], [3], [6, 11]], [[1, 1, 1], [0, 1, 0], [1], [0, 0]]),
-    ):
-        model = RewardModel(train.make_tiny_model(train.Config(), CPU)[0])
-        batch, pieces = scripted(
-            monkeypatch,
-            Config(group_size=4, supervision=supervision, reward="model"),
-            reward_model=model,
-        )
-        for i, (ids, at, verdicts) in enumerate(batch.examples):
-            prompt = batch.prompt_ids[0, 2:].tolist()  # without the padding
-            assert ids == prompt + batch.completion_ids[i, : len(pieces[i])].tolist()
-            assert [place - len(prompt) for place in at] == ends[i] and verdicts == labels[i]
-        # Its probabilities stand in for the rule's verdicts.
-        probabilities = score(model, batch.examples)
-        assert batch.rewards.flatten().tolist() == pytest.approx([p[-1] for p in probabilities])
-        assert len({len(p) for p in probabilities}) == (3 if supervision == "process" else 1)
-        if supervision == "outcome":
-            expected = outcome_advantages(batch.rewards).view(4, 1).expand(4, 30)
-        else:
-            padded = torch.tensor([p + [0.0] * (3 - len(p)) for p in probabilities])
-            expected = process_advantages(
-                padded, torch.tensor([e + [-1] * (3 - len(e)) for e in ends]), batch.mask, 4
-            )
-        torch.testing.assert_close(batch.advantages, expected)
-
-
-# --- The reward model -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", ["llama", "gpt2", "cohere", "gemma2"])
-def test_scores_do_not_depend_on_what_else_is_scored(name):
-    model = RewardModel(tiny_model(name))
-    examples = [
-        ([5, 6, 7], [2], [1.0]),
-        ([8, 9, 10, 11, 12, 13, 14], [3, 6], [0.0, 1.0]),
-        ([20, 21], [0, 1], [1.0, 1.0]),
-    ]
-    together = score(model, examples)
-    assert [len(p) for p in together] == [1, 2, 2] and all(
-        0 < p < 1 for row in together for p in row
-    )
-    for example, expected in zip(examples, together):
-        assert score(model, [example])[0] == pytest.approx(expected, abs=1e-5)
-        assert score(model, [(*example[:2], [])])[0] == pytest.approx(
-            expected, abs=1e-5
-        )  # labels are not looked at
-    for row, expected in zip(score(model, examples, size=2), together):
-        assert row == pytest.approx(expected, abs=1e-5)
-    ids, ends, _ = examples[1]  # a score knows nothing of what comes behind
-    assert score(model, [(ids[:4], [3], [])])[0][0] == pytest.approx(together[1][0], abs=1e-5)
-
-
-def test_the_reward_model_starts_as_the_policy_and_leaves_it_alone(llama):
-    before = [p.detach().clone() for p in llama.parameters()]
-    model = RewardModel(llama)
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.body.parameters(), llama.base_model.parameters())
-    )
-    fit(model, [([5, 6, 7], [2], [1.0])] * 8, lr=0.1)
-    assert all(torch.equal(a, b) for a, b in zip(before, llama.parameters()))
-    assert not torch.equal(next(model.body.parameters()), before[0])
-
-
-def test_the_head_is_as_wide_as_the_states():
-    """In OPT-350m they are narrower than config.hidden_size."""
-    policy = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=50,
-            hidden_size=32,
-            word_embed_proj_dim=16,
-            ffn_dim=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-        )
-    ).eval()
-    assert len(score(RewardModel(policy), [([5, 6, 7], [0, 2], [])])[0]) == 2
-
-
-def test_fit_learns_to_judge(llama):
-    """Right is what holds token 7 up to there: something that generalises to sequences it has not seen."""
-    generator = torch.Generator().manual_seed(0)
-    torch.manual_seed(0)
-
-    def examples(n):
-        rows = torch.randint(3, 12, (n, 9), generator=generator).tolist()
-        return [(row, [4, 8], [float(7 in row[:5]), float(7 in row)]) for row in rows]
-
-    model, unseen = RewardModel(llama), examples(200)
-    agreement = lambda: (
-        sum(
-            (p > 0.5) == (label > 0.5)
-            for probabilities, (_, _, labels) in zip(score(model, unseen), unseen)
-            for p, label in zip(probabilities, labels)
-        )
-        / 400
-    )
-    before = agreement()
-    fit(model, examples(400), lr=3e-3)
-    assert before < 0.75 and agreement() > 0.9
-
-
-def test_fit_uses_each_example_once_an_epoch(llama, monkeypatch):
-    seen, original = [], RewardModel.forward
-    monkeypatch.setattr(
-        RewardModel,
-        "forward",
-        lambda self, batch: (seen.append([ids[0] for ids, _, _ in batch]), original(self, batch))[
-            1
-        ],
-    )
-    fit(RewardModel(llama), [([i, 4], [1], [1.0]) for i in range(10)], lr=1e-3, epochs=3, size=4)
-    flat = sum(seen, [])
-    assert [len(batch) for batch in seen] == [4, 4, 4, 4, 4, 4, 4, 2]
-    assert (
-        all(sorted(flat[i : i + 10]) == list(range(10)) for i in (0, 10, 20))
-        and flat[:10] != flat[10:20]
-    )
-
-
-# --- Algorithm 1 with a reward model ----------------------------------------------------------------
+@pytest.fixture
+def tiny():
+    return train.make_tiny_model(0, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
-def model_run(tmp_path_factory):
-    """Two iterations, with what `fit` and `score` were given, and the state of the reward model around them."""
-    out, calls = tmp_path_factory.mktemp("model") / "run", []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train,
-            "fit",
-            lambda model, examples, lr, size, original=train.fit: (
-                calls.append(
-                    (
-                        "fit",
-                        list(examples),
-                        (lr, size),
-                        next(model.body.parameters()).detach().clone(),
-                    )
-                ),
-                original(model, examples, lr, size=size),
-            )[1],
-        )
-        patch.setattr(
-            train,
-            "score",
-            lambda model, examples, original=train.score: (
-                calls.append(("score", list(examples))),
-                original(model, examples),
-            )[1],
-        )
-        train.main(
-            [
-                *TINY,
-                "--sft-steps",
-                "60",
-                "--steps",
-                "4",
-                "--iterations",
-                "3",
-                "--reward",
-                "model",
-                "--supervision",
-                "process",
-                "--reward-size",
-                "60",
-                "--group-size",
-                "4",
-                "--micro-tokens",
-                "4096",
-                "--out",
-                str(out),
-            ]
-        )
-    return out, calls
+def taught(tmp_path_factory):
+    """The built-in model, taught to write one of TEXTS."""
+    policy, tokenizer = train.make_tiny_model(0, torch.device("cpu"))
+    folder = tmp_path_factory.mktemp("taught")
+    config = settings("--sft-steps 40")
+    train.warm_up(policy, tokenizer, PROBLEMS, config, folder, contextlib.nullcontext())
+    return policy, tokenizer
 
 
-def test_the_reward_model_is_fitted_before_and_after_each_iteration_but_the_last(model_run):
-    _, calls = model_run
-    assert [kind for kind, *_ in calls] == ["fit"] + ["score"] * 4 + ["fit"] + ["score"] * 4 + [
-        "fit"
-    ] + ["score"] * 4
-    assert {rest[1] for kind, *rest in calls if kind == "fit"} == {
-        (1e-3, 2)
-    }  # --micro-tokens 4096 is 2 x 2048
+# --- Rewards of steps: from characters to tokens ------------------------------------------------
 
 
-def test_one_in_ten_of_the_examples_of_a_retraining_is_old(model_run):
-    out, calls = model_run
-    state = torch.load(out / "checkpoints" / "12" / "state.pt", weights_only=True)
-    assert (
-        len(state["replay"]) == 60 + 48 + 48 and len(state["fresh"]) == 48
-    )  # history goes back to the start
-    fits = [examples for kind, examples, *_ in calls if kind == "fit"]
-    sampled = [
-        [
-            example
-            for kind, examples, *_ in calls[start : start + 5]
-            if kind == "score"
-            for example in examples
-        ]
-        for start in (1, 6)
-    ]
-    assert len(fits[0]) == 60  # the completions of the SFT model alone
-    history = fits[0]
-    for examples, new in zip(fits[1:], sampled):
-        assert len(new) == 48 and examples[:48] == new  # all of the iteration before
-        old = examples[48:]
-        assert len(old) == 5 and all(
-            example in history for example in old
-        )  # 5 of 53, and never twice
-        assert len({id(example) for example in old}) == 5
-        history = history + new
+@pytest.mark.parametrize("text", ["3*4 = 12.\nSo 17.", "一共3+4=7个。 é½…", "2+2=4🙂。3+3=6"])
+def test_a_step_ends_in_the_token_that_holds_its_last_character(text, tmp_path):
+    """Tokens hold several characters, "= 12.", or a part of one that was never seen."""
+    folder = make_chat_model(tmp_path, ["3*4 = 12.\nSo 17.\n"] * 20)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    whole = [len(tokenizer.decode(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
+    ends = range(1, len(text) + 1)
+    expected = [sum(length < end for length in whole) for end in ends]
+    assert train.step_ends(tokenizer, ids, text, ends) == expected
+    # Special tokens are no part of the text, but shift its tokens.
+    special = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    places = train.step_ends(tokenizer, [special, *ids, special], text, ends)
+    assert places == [place + 1 for place in expected]
 
 
-def test_the_reward_model_starts_from_the_sft_model(model_run):
-    out, calls = model_run
-    policy, _ = load_model(str(out / "sft"), CPU)
-    assert torch.equal(calls[0][3], next(policy.base_model.parameters()))
+def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
+    """Llama 2's tokenizer decodes a run of bytes to U+FFFD until its last character is whole."""
+    text = "2+2=4。很漂亮的孩子们学会了加法"
+    words = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"0123456789+=\n"]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
+    bpe.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == text and "4" not in tokenizer.decode(ids[5:-1])
+    assert train.step_ends(tokenizer, ids, text, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
 
 
-def test_the_log_says_how_often_model_and_rule_agree(model_run):
-    out, calls = model_run
-    rows, scored = rows_of(out)[1:], [examples for kind, examples, *_ in calls if kind == "score"]
-    assert len(rows) == len(scored) == 12
-    for row, examples in zip(rows, scored):
-        assert row["right"] == pytest.approx(sum(labels[-1] for *_, labels in examples) / 12)
-        assert (
-            0 <= row["agree"] <= 1
-            and abs(row["agree"] * 12 - round(row["agree"] * 12)) < 1e-3
-            and 0 < row["reward"] < 1
-        )
+def test_each_step_earns_what_it_deserves_at_the_token_that_ends_it(tiny):
+    policy, tokenizer = tiny
+    rows = [torch.tensor(tokenizer(text).input_ids + [1]) for text in TEXTS]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = completion_mask(ids, {1})
+    samples = Samples(ids, mask, torch.zeros(ids.shape), ~mask.any(dim=1))
+    questions = ["7+5-4"] * 4
+    given = (tokenizer, samples, questions, TEXTS, [1.0, 0.0, 1.0, 0.0])
+    rewards, ends = train.rewards_of_steps(*given, accuracy_rewards)
+    assert [row[row >= 0].tolist() for row in ends] == ENDS
+    assert [row[: len(e)].tolist() for row, e in zip(rewards, ENDS, strict=True)] == EARNED
+    # A learned model judges each step by the text up to there.
+    judge = learned(policy, tokenizer, steps=True)
+    rewards, ends = train.rewards_of_steps(*given, judge)
+    assert [row[row >= 0].tolist() for row in ends] == ENDS
+    (part,) = judge(prompts=questions[:1], completions=["7+5=13\n13-4=9"], answer=["8"])
+    assert rewards[1, 1].item() == pytest.approx(part, abs=1e-5)
+    assert rewards[1, 2] == 0.0  # the outcome
 
 
-def test_the_first_fit_is_to_samples_of_the_sft_model_even_if_the_reference_writes_the_others(
-    tmp_path, monkeypatch
-):
-    """At that moment the reference is still the model before the warm-up."""
-    samplers, original = [], train.sample_problems
-    monkeypatch.setattr(
-        train,
-        "sample_problems",
-        lambda model, *rest: (
-            samplers.append(next(model.parameters()).detach().clone()),
-            original(model, *rest),
-        )[1],
-    )
-    train.main(
-        [
-            *TINY,
-            "--sft-steps",
-            "2",
-            "--steps",
-            "1",
-            "--reward",
-            "model",
-            "--reward-size",
-            "20",
-            "--sample-from",
-            "reference",
-            "--lr-warmup",
-            "0",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
-    policy, _ = load_model(str(tmp_path / "run" / "sft"), CPU)
-    assert len(samplers) == 2 and all(
-        torch.equal(weights, next(policy.parameters())) for weights in samplers
-    )
+@pytest.mark.parametrize("scale", ["std", "none"])
+def test_process_supervision_credits_the_steps_of_what_was_sampled(scale, taught):
+    config = settings("--supervision process --group-size 8 --scale-rewards", scale)
+    torch.manual_seed(0)
+    batch, texts, stats = train.sample_batch(*taught, PROBLEMS[:2], accuracy_rewards, config)
+    assert sum(text in TEXTS for text in texts) > 8
+    right = accuracy_rewards(None, texts, ["8"] * 16)
+    given = (taught[1], batch, ["7+5-4"] * 16, texts, right, accuracy_rewards)
+    expected = process_advantages(*train.rewards_of_steps(*given), batch.mask, 8, scale)
+    assert torch.equal(batch.advantages, expected) and (expected != expected[:, :1]).any()
+    assert stats["reward"] == pytest.approx(sum(right) / 16)
 
 
-def test_a_reward_model_that_has_diverged_is_found_before_the_update(tmp_path):
-    with pytest.raises(
-        FloatingPointError, match="inf or nan in the sampling of step 1.*lower --lr or --reward-lr"
-    ):
-        train.main(
-            [
-                *TINY,
-                "--sft-steps",
-                "2",
-                "--steps",
-                "2",
-                "--reward",
-                "model",
-                "--reward-size",
-                "40",
-                "--reward-lr",
-                "1e18",
-                "--out",
-                str(tmp_path / "run"),
-            ]
-        )
+# --- The reward model ---------------------------------------------------------------------------
 
 
-def test_agreement_is_that_of_the_verdicts_on_final_answers(tmp_path, monkeypatch, capsys):
-    """Scores of our own: right for every second completion; the rule says so of the first quarter."""
-    monkeypatch.setattr(train, "fit", lambda *_, **__: None)
-    monkeypatch.setattr(
-        train,
-        "score",
-        lambda model, examples: [
-            [0.3] * (len(ends) - 1) + [0.9, 0.2][i % 2 :][:1]
-            for i, (_, ends, _) in enumerate(examples)
-        ],
-    )
-    monkeypatch.setattr(
-        train,
-        "score_texts",
-        lambda reward, problems, texts: [float(i < len(texts) // 4) for i in range(len(texts))],
-    )
-    train.main(
-        [
-            *TINY,
-            "--sft-steps",
-            "0",
-            "--steps",
-            "1",
-            "--reward",
-            "model",
-            "--group-size",
-            "4",
-            "--reward-size",
-            "12",
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
-    (row,) = rows_of(tmp_path / "run")[1:]
-    # of 12: the rule 3 right; the model 0, 2, 4, ..., 10 right; they agree on 0, 2 (right) and 3, 5, 7, 9, 11 (wrong)
-    assert (row["right"], row["reward"], row["agree"]) == pytest.approx((3 / 12, 0.55, 7 / 12))
-    assert re.search(r" right +agree ", capsys.readouterr().out)
+def test_a_judgement_does_not_depend_on_what_else_is_judged(tiny):
+    judge = learned(*tiny)
+    prompts = ["7+5-4", "1+1", "2+3", "7+5-4"]
+    ends = [[6, 14, len(TEXTS[0])], [6], [8], [3, 5]]
+    together = judge.judge(prompts, TEXTS, ends)
+    cut = judge.judge(prompts, TEXTS, ends, size=3)
+    for i, row in enumerate(together):
+        assert cut[i] == pytest.approx(row, abs=1e-5)
+        for end, right in zip(ends[i], row, strict=True):
+            # It knows nothing of what comes behind.
+            alone = judge(prompts=[prompts[i]], completions=[TEXTS[i][:end]], answer=["8"])
+            assert alone == [pytest.approx(right, abs=1e-5)] and 0 < right < 1
+    assert len({row[0] for row in together}) == 4
 
 
-def test_a_run_without_a_reward_model_has_none(tmp_path, capsys):
-    train.main([*TINY, "--sft-steps", "0", "--steps", "1", "--out", str(tmp_path / "run")])
-    assert "agree" not in capsys.readouterr().out and {
-        p.name for p in (tmp_path / "run" / "checkpoints" / "1").iterdir()
-    } == {"policy.safetensors", "reference.safetensors", "state.pt"}
+def test_it_is_asked_as_the_policy_is(tiny):
+    policy, tokenizer = tiny
+    judge = learned(policy, tokenizer)
+    assert judge.frame("7+5") == "<user>7+5<assistant>"
+    tokenizer.chat_template = None
+    assert judge.frame("7+5") == "7+5\n"
 
 
-# --- RFT and Online RFT -----------------------------------------------------------------------------
+def test_the_reward_model_starts_as_the_policy_and_leaves_it_alone(tiny):
+    policy, tokenizer = tiny
+    before = [p.detach().clone() for p in policy.parameters()]
+    judge = learned(policy, tokenizer, lr=0.1)
+    bodies = zip(judge.body.parameters(), policy.base_model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in bodies)
+    judge.fit([("7+5-4", text, "8") for text in TEXTS])
+    assert all(torch.equal(a, b) for a, b in zip(before, policy.parameters(), strict=True))
+    assert not torch.equal(next(judge.body.parameters()), before[0])
 
 
-@pytest.mark.parametrize("source", ["reference", "policy"])
-def test_rft_samples_from_the_reference_and_online_rft_from_the_policy(
-    source, tmp_path, monkeypatch
-):
-    """Nothing of the reference moves within an iteration, and the loss knows no ratio, even in a second pass."""
-    sampled, ratios, original = [], [], train.sample_problems
-    monkeypatch.setattr(
-        train,
-        "sample_problems",
-        lambda model, *rest: (
-            sampled.append(torch.cat([p.detach().flatten() for p in model.parameters()])),
-            original(model, *rest),
-        )[1],
-    )
-    monkeypatch.setattr(
-        train,
-        "load_reward",
-        lambda name: (
-            lambda prompts, completions, answer: [float(len(text) % 2) for text in completions]
-        ),
-    )
-    monkeypatch.setattr(
-        train,
-        "grpo_loss",
-        lambda logp, logp_old, *rest, original=train.grpo_loss: (
-            ratios.append((logp - logp_old).abs().max().item()),
-            original(logp, logp_old, *rest),
-        )[1],
-    )
-    train.main(
-        [
-            *TINY,
-            "--sft-steps",
-            "0",
-            "--steps",
-            "3",
-            "--mu",
-            "2",
-            "--lr-warmup",
-            "0",
-            "--kl-beta",
-            "0",
-            "--advantage",
-            "indicator",
-            "--sample-from",
-            source,
-            "--out",
-            str(tmp_path / "run"),
-        ]
-    )
-    frozen = [torch.equal(sampled[0], weights) for weights in sampled]
-    assert frozen == ([True] * 3 if source == "reference" else [True, False, False])
-    assert all(ratio == 0 for ratio in ratios[::2]) and all(
-        (ratio == 0) == (source == "reference") for ratio in ratios[1::2]
-    )
-    assert all(row["grad_norm"] > 0 for row in rows_of(tmp_path / "run")[1:])
+def test_the_head_is_as_wide_as_the_states(tiny):
+    """In OPT-350m these are narrower than config.hidden_size."""
+    size = {"hidden_size": 32, "word_embed_proj_dim": 16, "num_attention_heads": 2}
+    config = OPTConfig(vocab_size=111, ffn_dim=32, num_hidden_layers=1, **size)
+    (right,) = learned(OPTForCausalLM(config), tiny[1])(["7+5"], ["12"], ["12"])
+    assert 0 < right < 1
+
+
+def test_a_fit_equals_a_naive_loop(tiny):
+    """Each text once per epoch, eight per step; a rate that falls to 0; gradients cut to norm 1."""
+    judges = [learned(*tiny, steps=True, lr=0.01).double() for _ in range(2)]
+    cases = [(f"{i}", *case) for i in range(3) for case in zip(TEXTS, ENDS, EARNED, strict=True)]
+    random.seed(0)
+    judges[0].fit([(prompt, text, "8") for prompt, text, _, _ in cases])
+    random.seed(0)
+    order = [case for _ in range(3) for case in random.sample(cases, 12)]
+    naive = judges[1]
+    adam = torch.optim.AdamW(naive.parameters(), weight_decay=0.0)
+    norms = []
+    for i in range(0, 36, 8):
+        losses = []
+        for prompt, text, ends, earned in order[i : i + 8]:
+            ids = tiny[1](f"<user>{prompt}<assistant>{text}").input_ids
+            states = naive.body(input_ids=torch.tensor([ids])).last_hidden_state[0, 3:]
+            for end, right in zip([*ends[:-1], ends[-1] - 1], earned, strict=True):  # no <end>
+                logit = naive.head(states[end])
+                losses.append(torch.log1p(torch.exp(-logit if right else logit)))
+        (sum(losses) / len(losses)).backward()
+        norms.append(sum(p.grad.square().sum().item() for p in naive.parameters()) ** 0.5)
+        for p in naive.parameters():
+            p.grad /= max(1.0, norms[-1])
+        adam.param_groups[0]["lr"] = 0.01 * (1 - i / 36)
+        adam.step()
+        adam.zero_grad()
+    assert max(norms) > 1
+    for a, b in zip(judges[0].parameters(), naive.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+def test_it_learns_to_judge(tiny):
+    """Right is what holds the gold 5, also behind questions that it has not seen."""
+    judge = learned(*tiny, lr=3e-3)
+    texts = [(f"{i}+{i % 7}", f"\\boxed{{{4 + i % 3}}}", "5") for i in range(90)]
+    judge.fit(texts[:60], epochs=9)
+    prompts, completions, answer = zip(*texts[60:], strict=True)
+    right = judge(prompts=prompts, completions=completions, answer=answer)
+    assert all((right[i] > 0.5) == (i % 3 == 1) for i in range(30))
+
+
+# --- Algorithm 1 with a reward model ------------------------------------------------------------
+
+
+class Recorder(LearnedReward):
+    """Keep what it was fitted to, and with which weights a fit began."""
+
+    def fit(self, texts):
+        state = self.body.state_dict()
+        self.fits = [*getattr(self, "fits", []), (list(texts), state["norm.weight"].clone())]
+        super().fit(texts, epochs=1)
+
+
+def test_one_in_ten_of_the_examples_of_a_retraining_is_old(taught, tmp_path):
+    """Before the first iteration 30 samples of the policy; then 24 of the last one, and 2 older."""
+    policy, tokenizer = taught
+    start = policy.model.norm.weight.detach().clone()
+    other, _ = train.make_tiny_model(1, torch.device("cpu"))
+    judge = learned(other, tokenizer, kind=Recorder)  # of size 30
+    config = settings("--iterations 3")
+    train.train(policy, tokenizer, PROBLEMS, [], {}, judge, config, tmp_path, lambda row: None)
+    fits = [texts for texts, _ in judge.fits]
+    assert torch.equal(judge.fits[0][1], start)
+    assert [len(texts) for texts in fits] == [30, 24 + 2, 24 + 2] and len(judge.fresh) == 24
+    assert all(text in fits[0] for text in fits[1][24:])
+    assert all(text in fits[0] + fits[1][:24] for text in fits[2][24:])
+    assert judge.replay == fits[0] + fits[1][:24] + fits[2][:24]
+    # A checkpoint holds the texts, too.
+    again = learned(other, tokenizer)
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    again.load_state_dict(saved["states"]["reward"])
+    assert (again.fresh, again.replay) == (judge.fresh, judge.replay)
+    assert again.judge(["1"], ["2"], [[1]]) == judge.judge(["1"], ["2"], [[1]])
+
+
+class Every(LearnedReward):
+    """Find every second completion right."""
+
+    def forward(self, prompts, completions, answer):
+        return [0.9, 0.2] * (len(completions) // 2)
+
+
+def test_the_log_says_how_often_model_and_rule_agree(taught):
+    torch.manual_seed(0)
+    judge = learned(*taught, kind=Every)
+    _, texts, stats = train.sample_batch(*taught, PROBLEMS[:3], judge, settings())
+    right = ["boxed{8}" in text for text in texts]
+    agree = sum(right[0::2]) + 6 - sum(right[1::2])
+    assert 0 < sum(right) < 12 and 0 < agree < 12
+    found = (stats["right"], stats["reward"], stats["agree"])
+    assert found == pytest.approx((sum(right) / 12, 0.55, agree / 12))

@@ -1,508 +1,318 @@
-"""Grouped sampling and log-probabilities, on small models of four architectures."""
+"""Grouped sampling, log-probs and the check of models, on small models of four architectures."""
 
-import copy
+import itertools
 
+import adapters
 import pytest
 import torch
-
-from transformers.cache_utils import DynamicLayer
+import transformers
+from helpers import DEVICE, SIZE, generator, tiny_model
+from torch.distributions import Categorical
+from torch.nn.functional import pad
 
 import grpo
-from adapters import (
-    bf16_weights,
-    cache_gap,
-    head_is_plain,
-    micro_batches,
-    sample_groups,
-    sample_token,
-    score_rows,
-    token_logprobs,
-)
-from helpers import DEVICE, generator, tiny_model
+from eval import pad_rows
 
-EOS, PAD = [2, 3], 0  # two ids that end a completion
+EOS = [2, 3]  # two ids that end a completion
+PAD = 0
 
 
-def rescore(model, prompts, samples, temperature, group_size=1):
-    ids, mask = (x.repeat_interleave(group_size, dim=0) for x in prompts)
-    return token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, temperature)
+def sample(model, prompts, G=4, T=12, eos=EOS, temperature=1.0, seed=0):
+    return adapters.sample_groups(model, *prompts, G, T, eos, PAD, temperature, generator(seed))
+
+
+def score(model, prompts, samples, temperature=1.0, question=None):
+    return adapters.token_logprobs(model, *prompts, *samples[:2], temperature, question)
+
+
+def close(got, expected, tolerance=1e-4):
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance)
+
+
+def input_shapes(module):
+    """Return a list to which each forward pass of a module adds the shape of its input_ids."""
+    shapes = []
+    module.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+# --- Sampling -----------------------------------------------------------------------------------
 
 
 def test_samples_have_the_promised_shapes(llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=generator(0))
-    N, T = samples.completion_ids.shape
-    assert (N, T) == (12, 20)
-    assert samples.mask.shape == samples.logp.shape == (N, T) and samples.truncated.shape == (N,)
-    assert (
-        samples.mask.dtype == samples.truncated.dtype == torch.bool
-        and samples.logp.dtype == torch.float32
-    )
-    for ids, mask, logp, truncated in zip(*samples):
-        length = mask.sum().item()
-        assert mask.tolist() == [True] * length + [False] * (T - length)
-        ended = ids[length - 1].item() in EOS
-        assert truncated.item() != ended and (length == 20) >= truncated.item()
-        assert not set(ids[: length - 1].tolist()) & set(EOS)  # nothing before the end is an EOS
-        assert ids[length:].tolist() == [PAD] * (T - length) and logp[length:].tolist() == [0.0] * (
-            T - length
-        )
-        assert (logp[:length] < 0).all()
+    samples = sample(llama, prompts, T=20)
+    assert [x.shape for x in samples] == [(12, 20), (12, 20), (12, 20), (12,)]
+    assert [x.dtype for x in samples] == [torch.int64, torch.bool, torch.float32, torch.bool]
+    assert torch.equal(samples.mask, adapters.completion_mask(samples.completion_ids, EOS))
+    for ids, mask, logp, truncated in zip(*samples, strict=True):
+        assert truncated == (not set(EOS) & set(ids.tolist()))
+        assert (logp[mask] < 0).all() and (logp[~mask] == 0).all() and (ids[~mask] == PAD).all()
+    assert 0 < samples.truncated.sum() < 12  # both kinds were met
 
 
-def assert_equal_tokens(samples, expected):
-    """generate() stops with its longest row, our samples are max_new_tokens wide: what is beyond must be padding."""
-    width = expected.shape[1]
-    assert (
-        torch.equal(samples.completion_ids[:, :width], expected)
-        and (samples.completion_ids[:, width:] == PAD).all()
-    )
+def test_greedy_equals_generate(any_model, prompts):
+    """Rows are question-major, two per prompt here, and end at different times."""
+    head = any_model.get_output_embeddings()  # tied to the input, some repeat one token for ever
+    head.weight = torch.nn.Parameter(head.weight.detach().roll(7, dims=0))
+    free = sample(any_model, prompts, 1, 25, eos=[], temperature=0).completion_ids
+    pairs = itertools.combinations(free.unique().tolist(), 2)
+    eos = next(e for e in pairs if len(adapters.completion_mask(free, e).sum(dim=1).unique()) == 3)
+    for T, eos_ids in ((1, [40]), (25, [40]), (25, list(eos))):
+        settings = dict(max_new_tokens=T, eos_token_id=eos_ids, pad_token_id=PAD, do_sample=False)
+        expected = any_model.generate(prompts[0], attention_mask=prompts[1], **settings)[:, 5:]
+        expected = pad(expected, (0, T - expected.shape[1]), value=PAD)  # it ends with its last row
+        samples = sample(any_model, prompts, 2, T, eos_ids, temperature=0)
+        assert torch.equal(samples.completion_ids, expected.repeat_interleave(2, dim=0))
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 25])
-def test_greedy_equals_generate_token_by_token(any_model, prompts, max_new_tokens):
-    ids, mask = prompts
-    greedy = any_model.generate(
-        input_ids=ids,
-        attention_mask=mask,
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-    )[:, ids.shape[1] :]
-    samples = sample_groups(any_model, ids, mask, 2, max_new_tokens, EOS, PAD, temperature=0)
-    assert_equal_tokens(samples, greedy.repeat_interleave(2, dim=0))
-
-
-def test_greedy_equals_generate_when_rows_end_at_different_times(prompts):
-    """Makes sure that the case above is met: every token that greedy decoding meets is an EOS once."""
-    model, (ids, mask), lengths = tiny_model("llama"), prompts, set()
-    for eos in range(3, 40):
-        greedy = model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            do_sample=False,
-            max_new_tokens=12,
-            eos_token_id=eos,
-            pad_token_id=PAD,
-        )[:, ids.shape[1] :]
-        samples = sample_groups(model, ids, mask, 1, 12, [eos], PAD, temperature=0)
-        assert_equal_tokens(samples, greedy)
-        lengths.add(tuple(samples.mask.sum(dim=1).tolist()))
-    assert any(len(set(rows)) == 3 for rows in lengths)  # three rows, three lengths
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_rescored_logprobs_equal_the_samplers(any_model, prompts, temperature):
-    samples = sample_groups(any_model, *prompts, 8, 20, EOS, PAD, temperature, generator(0))
-    logp, entropy = rescore(any_model, prompts, samples, temperature, group_size=8)
-    assert samples.mask.sum(dim=1).unique().numel() > 2  # several lengths
-    torch.testing.assert_close(
-        logp,
-        samples.logp,
-        rtol=0,
-        atol=1e-4,
-        msg=lambda text: (
-            f"log pi(o_t | q, o_<t), that of softmax(logits / {temperature}), differs from what it was sampled with\n{text}"
-        ),
-    )
-    assert (
-        (entropy[samples.mask] > 0).all()
-        and not entropy[~samples.mask].any()
-        and not entropy.requires_grad
-    )
-
-
-def test_logprobs_are_those_of_logits_over_temperature(llama, prompts):
-    (ids, mask), T = prompts, 6
-    completion = torch.randint(4, 40, (3, T), generator=generator(0))
-    logp, entropy = token_logprobs(
-        llama, ids, mask, completion, torch.ones(3, T).bool(), temperature=0.7
-    )
-    for row in range(3):  # each row alone, without padding, through the model as it is
-        whole = torch.cat([ids[row][mask[row].bool()], completion[row]])
-        logits = llama(input_ids=whole[None]).logits[0, -T - 1 : -1]
-        expected = torch.log_softmax(logits / 0.7, dim=-1)
-        torch.testing.assert_close(
-            logp[row], expected.gather(1, completion[row][:, None])[:, 0], rtol=0, atol=1e-5
-        )
-        torch.testing.assert_close(
-            entropy[row], -(expected.exp() * expected).sum(-1), rtol=0, atol=1e-5
-        )
-
-
-def test_left_padding_changes_nothing(any_model, prompts):
-    ids, mask = prompts
-    batch = sample_groups(any_model, ids, mask, 1, 15, EOS, PAD, temperature=0)
-    for row in range(len(ids)):
-        alone = sample_groups(
-            any_model,
-            ids[row : row + 1, mask[row].bool()],
-            mask[row : row + 1, mask[row].bool()],
-            1,
-            15,
-            EOS,
-            PAD,
-            temperature=0,
-        )
-        keep = alone.mask[0]
-        T = keep.shape[0]
-        assert torch.equal(batch.completion_ids[row, :T][keep], alone.completion_ids[0][keep])
-        torch.testing.assert_close(batch.logp[row, :T], alone.logp[0], rtol=0, atol=1e-4)
-
-
-def test_hostile_generation_config_is_ignored(prompts):
-    plain, hostile = tiny_model("llama"), tiny_model("llama")
-    for key, value in dict(
-        do_sample=True,
-        top_k=1,
-        top_p=0.1,
-        temperature=0.01,
-        repetition_penalty=5.0,
-        min_p=0.9,
-        max_new_tokens=2,
-        eos_token_id=[7],
-        num_beams=3,
-        no_repeat_ngram_size=1,
-    ).items():
-        setattr(hostile.generation_config, key, value)
-    draw = lambda model: sample_groups(model, *prompts, 8, 10, EOS, PAD, 1.0, generator(0))
-    samples = draw(hostile)
-    assert all(torch.equal(a, b) for a, b in zip(draw(plain), samples))
-    assert (
-        len({tuple(row) for row in samples.completion_ids[:8].tolist()}) > 4
-    )  # a group is not all alike
-    torch.testing.assert_close(
-        rescore(hostile, prompts, samples, 1.0, 8)[0], samples.logp, rtol=0, atol=1e-4
-    )
+@pytest.mark.parametrize("drawn_at, scored_at", [(1.0, 1.0), (0.7, 0.7), (0.0, 1.0)])
+def test_rescored_logprobs_equal_the_samplers(any_model, prompts, drawn_at, scored_at):
+    """Greedy samples, drawn at temperature 0, come with their log-probs at temperature 1."""
+    samples = sample(any_model, prompts, G=8, T=20, temperature=drawn_at)
+    assert drawn_at == 0 or len(samples.mask.sum(dim=1).unique()) > 1  # several lengths
+    logp, entropy = score(any_model, prompts, samples, scored_at)
+    close(logp, samples.logp)
+    assert (entropy[samples.mask] > 0).all() and not entropy[~samples.mask].any()
+    assert logp.requires_grad and not entropy.requires_grad
 
 
 def test_samples_follow_the_distribution(llama):
-    """20,000 first tokens against softmax(logits / T)."""
+    """Of 20,000 first tokens, the share of each is that of softmax(logits / 0.7), to 5 sigma."""
     ids = torch.tensor([[5, 6, 7]])
-    samples = sample_groups(llama, ids, torch.ones_like(ids), 20_000, 1, [], PAD, 0.7, generator(0))
-    expected = (llama(input_ids=ids).logits[0, -1] / 0.7).softmax(-1)
-    found = torch.bincount(samples.completion_ids[:, 0], minlength=40) / 20_000
-    assert (found - expected).abs().max() < 4 * (0.25 / 20_000) ** 0.5
-    assert samples.truncated.all()
-
-
-def test_greedy_logprobs_are_at_temperature_one(llama, prompts):
-    samples = sample_groups(llama, *prompts, 1, 8, EOS, PAD, temperature=0)
-    torch.testing.assert_close(
-        rescore(llama, prompts, samples, 1.0)[0], samples.logp, rtol=0, atol=1e-4
-    )
-
-
-def test_rows_are_question_major(llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 5, [], PAD, temperature=0)
-    for group in samples.completion_ids.view(3, 4, 5):
-        assert (group == group[0]).all()
-    assert not torch.equal(samples.completion_ids[0], samples.completion_ids[4])
+    samples = sample(llama, (ids, torch.ones_like(ids)), G=20_000, T=1, eos=[], temperature=0.7)
+    p = (llama(input_ids=ids).logits[0, -1] / 0.7).softmax(dim=-1)
+    share = torch.bincount(samples.completion_ids[:, 0], minlength=40) / 20_000
+    assert ((share - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt() + 1e-4).all()
 
 
 def test_prompts_go_through_once_and_ended_rows_leave(llama, prompts):
-    shapes = []
-    handle = llama.register_forward_pre_hook(
-        lambda m, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )
-    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
-    handle.remove()
-    assert shapes[0] == (3, 5)  # B prompts, not B * G
-    lengths = samples.mask.sum(dim=1)
-    for t, shape in enumerate(shapes[1:]):
-        assert shape == ((lengths > t + 1).sum().item(), 1)  # only rows with a token behind token t
-    assert len(shapes) == lengths.max() and shapes[-1][0] < 24
+    """Rows leave when an eighth of them have ended. What they write until then is padding."""
+    shapes = input_shapes(llama)
+    samples = sample(llama, prompts, G=8, T=20)
+    expected = [(3, 5)]  # B prompts, not B * G
+    unheard = 0
+    for t in range(1, samples.mask.sum(dim=1).max()):  # no pass behind the last token
+        held = expected[-1][0] if t > 1 else 24
+        running = samples.mask[:, t].sum().item()
+        expected.append((running if running <= held * 7 / 8 else held, 1))
+        unheard += expected[-1][0] - running
+    assert shapes == expected
+    assert unheard > 0 and (samples.completion_ids[~samples.mask] == PAD).all()
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_the_cache_is_used_and_the_mode_restored(training, prompts):
-    """Activation checkpointing in train() mode turns the KV cache off; sampling must not suffer from it."""
-    model = tiny_model("llama").train(training)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    samples = sample_groups(model, *prompts, 4, 10, EOS, PAD, generator=generator(0))
-    assert model.training == training
-    torch.testing.assert_close(
-        rescore(model, prompts, samples, 1.0, 4)[0], samples.logp, rtol=0, atol=1e-4
-    )
+def test_the_generator_is_the_only_randomness(prompts):
+    """Dropout, too, is off while sampling. The mode is what it was."""
+    model = tiny_model("gpt2").train()
+    model.transformer.drop.p = 0.5
+    torch.manual_seed(1)
+    following = torch.rand(1)
+    torch.manual_seed(1)
+    first = sample(model, prompts, seed=3)
+    assert torch.rand(1) == following  # nothing was drawn from the global generator
+    assert all(map(torch.equal, first, sample(model, prompts, seed=3)))
+    assert not torch.equal(first.completion_ids, sample(model, prompts, seed=4).completion_ids)
+    assert model.training and not first.logp.requires_grad
+    assert all(map(torch.equal, first, sample(model.eval(), prompts, seed=3)))
+    assert not model.training
 
 
-def test_sampling_leaves_no_gradient_and_takes_its_randomness_from_the_generator(llama, prompts):
-    rng_state = torch.get_rng_state if DEVICE.type == "cpu" else torch.cuda.get_rng_state
-    state = rng_state()
-    first, second = (
-        sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(3)) for _ in range(2)
-    )
-    assert torch.equal(first.completion_ids, second.completion_ids) and not first.logp.requires_grad
-    assert torch.equal(state, rng_state())
-    third = sample_groups(llama, *prompts, 4, 10, EOS, PAD, generator=generator(4))
-    assert not torch.equal(first.completion_ids[:, :3], third.completion_ids[:, :3])
+def test_hostile_generation_config_is_ignored(llama, prompts):
+    expected = sample(llama, prompts, G=8)
+    hostile = dict(do_sample=True, top_k=1, top_p=0.1, temperature=0.01, repetition_penalty=5.0)
+    hostile |= dict(min_p=0.9, max_new_tokens=2, eos_token_id=[7], no_repeat_ngram_size=1)
+    llama.generation_config.update(**hostile)
+    assert llama.generation_config.top_k == 1
+    assert all(map(torch.equal, sample(llama, prompts, G=8), expected))
 
 
-@pytest.mark.parametrize("arguments", [(0, 5, 1.0), (2, 0, 1.0), (2, 5, -1.0)])
-def test_senseless_arguments_are_refused(llama, prompts, arguments):
-    with pytest.raises(ValueError):
-        sample_groups(llama, *prompts, arguments[0], arguments[1], EOS, PAD, arguments[2])
+def test_senseless_arguments_are_refused(llama, prompts):
+    for G, T, temperature in ((0, 5, 1.0), (2, 0, 1.0), (2, 5, -1.0)):
+        with pytest.raises(ValueError, match="at least"):
+            sample(llama, prompts, G, T, temperature=temperature)
+    samples = sample(llama, prompts)
+    for temperature in (0.0, -0.5):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            score(llama, prompts, samples, temperature)
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.5])
-def test_scoring_at_temperature_zero_is_refused(llama, prompts, temperature):
-    samples = sample_groups(llama, *prompts, 1, 4, EOS, PAD, temperature=0)
-    with pytest.raises(ValueError):
-        rescore(llama, prompts, samples, temperature)
-
-
-# --- The KV cache -----------------------------------------------------------------------------------
-
-
-def test_the_cache_is_written_in_place(llama, prompts, monkeypatch):
-    """Keys and values stay where they are from the first token to the last, and are those of the library's cache."""
-    places, original = set(), grpo.PreallocatedLayer.update
-
-    def spy(layer, *args, **kwargs):
-        keys, values = original(layer, *args, **kwargs)
-        places.add((keys.data_ptr(), values.data_ptr()))
-        assert torch.equal(keys, layer.keys) and keys.shape[2] == layer.get_seq_length()
-        return keys, values
-
-    monkeypatch.setattr(grpo.PreallocatedLayer, "update", spy)
-    samples = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
-    assert len(places) == len(llama.model.layers)  # one place a layer, never another
-    monkeypatch.setattr(grpo, "PreallocatedLayer", lambda layer, max_new_tokens: layer)
-    plain = sample_groups(llama, *prompts, 8, 20, EOS, PAD, generator=generator(0))
-    assert all(torch.equal(a, b) for a, b in zip(plain[:2], samples[:2]))
-    torch.testing.assert_close(plain.logp, samples.logp, rtol=0, atol=1e-5)
-
-
-def test_selected_rows_of_the_cache_are_those_asked_for():
-    layer = DynamicLayer()
-    keys, values = torch.randn(2, 6, 2, 5, 3, generator=generator(0)).unbind()
-    layer.update(keys, values)
-    layer, new = grpo.PreallocatedLayer(layer, 4), torch.ones(6, 2, 1, 3)
-    layer.update(new, -new)
-    for rows in ([0, 5, 2, 4], [3, 1], [1]):  # each counts in what the one before has left
-        layer.batch_select_indices(torch.tensor(rows, dtype=torch.long))
-        keys, values = keys[rows], values[rows]
-        assert torch.equal(layer.keys[:, :, :5], keys) and torch.equal(
-            layer.values[:, :, :5], values
-        )
-        assert (
-            (layer.keys[:, :, 5] == 1).all()
-            and (layer.values[:, :, 5] == -1).all()
-            and layer.get_seq_length() == 6
-        )
-
-
-def test_impossible_tokens_are_never_drawn():
-    """Drawing goes by the running sum of p, which must not stop at a token of p = 0, whatever the random number."""
+def test_impossible_tokens_are_never_drawn(monkeypatch):
+    """Whatever the random number, and wherever the running sum of probabilities rounds."""
+    nan, nan_logp = adapters.sample_token(torch.full((3, 50), torch.nan), 1.0, generator(0))
+    assert (nan < 50).all() and nan_logp.isnan().all()  # reported later, no index out of range
     logits = torch.full((1, 50), -torch.inf)
     logits[0, [7, 8, 30]] = torch.tensor([0.0, 1.0, 2.0])
-    assert (
-        sample_token(logits * torch.nan, 1.0)[1].isnan().all()
-    )  # an error later on, not an index out of range
-    token, logp = sample_token(logits.expand(20_000, -1), 1.0, generator(0))
+    token, logp = adapters.sample_token(logits.expand(20_000, -1), 1.0, generator(0))
     assert set(token.tolist()) == {7, 8, 30} and logp.isfinite().all()
+    rounded = torch.randn(200, 1000, generator=generator(0))  # sums a little off 1
+    rounded[:, -1] = -torch.inf
     for u, expected in ((0.0, 30), (1 - 2**-24, 7)):  # the ends of what torch.rand gives
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, u))
-            assert sample_token(logits, 1.0)[0].tolist() == [expected]
-            rounded = torch.randn(200, 1000, generator=generator(0))  # sums a little off 1
-            rounded[:, -1] = -torch.inf
-            assert sample_token(rounded, 1.0)[1].isfinite().all()
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
+        assert adapters.sample_token(logits, 1.0)[0].tolist() == [expected]
+        assert adapters.sample_token(rounded, 1.0)[1].isfinite().all()
 
 
-# --- Prompts once a group ---------------------------------------------------------------------------
-
-
-def scored(model, prompts, samples, question, shared):
-    """log-probs, entropies and all gradients of rows that answer prompts[question]: prompts once, or one for each row."""
+def test_left_padding_changes_nothing(any_model, prompts):
+    """Neither the number of padded columns matters, nor what stands in them."""
     ids, mask = prompts
-    model.zero_grad()
-    logp, entropy = (
-        token_logprobs(model, ids, mask, samples.completion_ids, samples.mask, 0.8, question)
-        if shared
-        else token_logprobs(
-            model, ids[question], mask[question], samples.completion_ids, samples.mask, 0.8
-        )
-    )
-    (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
-    return [logp.detach(), entropy] + [p.grad.clone() for p in model.parameters()]
+    batch = sample(any_model, (ids.where(mask.bool(), 17), mask), G=1, temperature=0)
+    for row in range(3):
+        prompt = ids[row, mask[row].bool()][None]  # (1, P) without padding
+        alone = sample(any_model, (prompt, torch.ones_like(prompt)), G=1, temperature=0)
+        assert torch.equal(batch.completion_ids[row], alone.completion_ids[0])
+        close(batch.logp[row], alone.logp[0])
 
 
-@pytest.mark.parametrize("max_new_tokens", [1, 12])
-def test_a_prompt_scored_once_equals_a_prompt_for_each_completion(any_model, max_new_tokens):
-    """Value and gradient; groups cut in any way, in any order. Only GPT-2 computes all of it in float64 if asked."""
-    model, tolerance = (
-        (any_model.double(), 1e-9) if any_model.config.model_type == "gpt2" else (any_model, 1e-5)
-    )
+# --- Log-probs ----------------------------------------------------------------------------------
+
+
+def plain_logprobs(model, prompts, samples, temperature, question):
+    """Score each row by the model as it is: alone, without padding or a cache, all logits."""
+    logp = torch.zeros_like(samples.logp)
+    entropy = torch.zeros_like(samples.logp)
+    for row, q in enumerate(question):
+        prompt = prompts[0][q, prompts[1][q].bool()]
+        completion = samples.completion_ids[row, samples.mask[row]]
+        logits = model(input_ids=torch.cat([prompt, completion])[None]).logits[0]
+        policy = Categorical(logits=logits[len(prompt) - 1 : -1] / temperature)
+        logp[row, : len(completion)] = policy.log_prob(completion)
+        entropy[row, : len(completion)] = policy.entropy().detach()
+    return logp, entropy
+
+
+@pytest.mark.parametrize("T, chunk", [(1, 1), (12, 7), (12, 1000)])
+def test_logprobs_and_gradients_are_those_of_the_plain_model(any_model, T, chunk, monkeypatch):
+    """With shared prompts, groups cut in any order, or a prompt per completion; head in chunks."""
+    exact = any_model.config.model_type == "gpt2"  # which alone can compute all of it in float64
+    model = any_model.double() if exact else any_model
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)  # V = 40: `chunk` tokens at once
     ids = torch.randint(4, 40, (3, 12), generator=generator(0))  # longer than Gemma's window
-    prompts = ids, (torch.arange(12) >= torch.tensor([[0], [5], [10]])).long()
-    samples = sample_groups(model, *prompts, 4, max_new_tokens, EOS, PAD, generator=generator(0))
-    rows = torch.tensor([9, 0, 5, 1, 8, 4, 2])
-    for question, part in (
-        (None, samples),
-        (rows // 4, type(samples)(*(x[rows] for x in samples))),
-    ):
-        whole = torch.arange(12) // 4 if question is None else question
-        apart = scored(model, prompts, part, whole, shared=False)
-        for a, b in zip(scored(model, prompts, part, question, shared=True), apart):
-            torch.testing.assert_close(
-                a, b, rtol=0, atol=tolerance * b.abs().max().clamp(min=1).item()
-            )
+    mask = (torch.arange(12) >= torch.tensor([[0], [5], [10]])).long()
+    whole = sample(model, (ids, mask), T=T)
+    assert whole.logp.dtype == model.dtype
+    for rows in (torch.arange(12), torch.tensor([9, 0, 5, 1, 8, 4, 2]), torch.tensor([11, 2])):
+        samples = adapters.Samples(*(field[rows] for field in whole))
+        question = rows // 4
+        results = []
+        for logp, entropy in (
+            plain_logprobs(model, (ids, mask), samples, 0.7, question),
+            score(model, (ids, mask), samples, 0.7, None if len(rows) == 12 else question),
+            score(model, (ids[question], mask[question]), samples, 0.7),
+        ):
+            model.zero_grad()
+            (logp * torch.linspace(-1, 1, T).to(logp)).sum().backward()
+            results.append([logp.detach(), entropy, *(p.grad.clone() for p in model.parameters())])
+        for got in results[1:]:
+            for a, b in zip(got, results[0], strict=True):
+                close(a, b, (1e-9 if exact else 1e-5) * max(1.0, b.abs().max().item()))
 
 
-def test_each_prompt_goes_through_once(llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
-    head_is_plain(llama)
-    shapes = []
-    llama.base_model.register_forward_pre_hook(
-        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)),
-        with_kwargs=True,
-    )
-    token_logprobs(llama, *prompts, samples.completion_ids, samples.mask, 1.0)
+def test_prompts_pass_once_and_only_tokens_that_count_reach_the_head(llama, prompts, monkeypatch):
+    samples = sample(llama, prompts)
+    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * 10)  # V = 40: ten tokens at once
+    shapes = input_shapes(llama.base_model)
+    chunks = []
+    llama.lm_head.register_forward_hook(lambda module, args, output: chunks.append(len(output)))
+    logp, _ = score(llama, prompts, samples)
     assert shapes == [(3, 5), (12, 12)]
-
-
-def test_activation_checkpointing_changes_nothing(prompts):
-    model = tiny_model("gpt2").double()
-    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=generator(0))
-    plain = scored(model, prompts, samples, None, shared=True)
-    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
-    for a, b in zip(scored(model.train(), prompts, samples, None, shared=True), plain):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-
-
-# --- The vocabulary head ----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name, plain", [("llama", True), ("gpt2", True), ("cohere", False), ("gemma2", False)]
-)
-def test_which_heads_can_be_applied_by_hand(name, plain):
-    assert head_is_plain(tiny_model(name)) is plain
-
-
-def gradients(model, prompts, samples):
-    model.zero_grad()
-    logp, entropy = rescore(model, prompts, samples, 0.8, group_size=4)
-    (logp * torch.linspace(-1, 1, logp.numel()).view_as(logp)).sum().backward()
-    return logp.detach(), entropy, [p.grad.clone() for p in model.parameters()]
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1024])
-def test_chunks_equal_the_whole(monkeypatch, prompts, chunk):
-    """In float64, value and gradient, against the model's own logits."""
-    model = tiny_model("llama").double()
-    samples = sample_groups(model, *prompts, 4, 12, EOS, PAD, generator=generator(0))
-    assert samples.logp.dtype == torch.float64
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
-    chunked = gradients(model, prompts, samples)
-    model._head_is_plain = False
-    whole = gradients(model, prompts, samples)
-    for a, b in zip(chunked[:2] + tuple(chunked[2]), whole[:2] + tuple(whole[2])):
-        assert a.dtype == torch.float64
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
-
-
-def test_only_tokens_that_count_reach_the_head_in_chunks(monkeypatch, llama, prompts):
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
-    head_is_plain(llama)
-    sizes = []
-    llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * 10)
-    with torch.no_grad():
-        rescore(llama, prompts, samples, 1.0, group_size=4)
-    assert max(sizes) <= 10 and sum(sizes) == samples.mask.sum()
-
-
-@pytest.mark.parametrize("chunk, times", [(10, 2), (1000, 1)])
-def test_logits_of_chunks_are_computed_again_instead_of_kept(
-    monkeypatch, llama, prompts, chunk, times
-):
-    """With several chunks; one chunk alone is needed whole in the backward pass anyway."""
-    samples = sample_groups(llama, *prompts, 4, 12, EOS, PAD, generator=generator(0))
-    head_is_plain(llama)
-    monkeypatch.setattr(grpo, "HEAD_LOGITS", 40 * chunk)
-    sizes = []
-    llama.lm_head.register_forward_hook(lambda module, args, output: sizes.append(output.shape[0]))
-    rescore(llama, prompts, samples, 1.0, group_size=4)[0].sum().backward()
-    assert sum(sizes) == times * samples.mask.sum()
+    assert max(chunks) == 10 and sum(chunks) == samples.mask.sum()
+    logp.sum().backward()  # computes the logits again, which were not kept
+    assert max(chunks) == 10 and sum(chunks) == 2 * samples.mask.sum()
 
 
 def test_a_bf16_model_gives_float32_logprobs(llama, prompts):
-    model = bf16_weights(copy.deepcopy(llama))
-    samples = sample_groups(model, *prompts, 2, 8, EOS, PAD, generator=generator(0))
-    logp, entropy = rescore(model, prompts, samples, 1.0, group_size=2)
+    model = adapters.bf16_weights(llama)
+    samples = sample(model, prompts)
+    logp, entropy = score(model, prompts, samples)
     assert samples.logp.dtype == logp.dtype == entropy.dtype == torch.float32
-    # Normalised in float32: the probabilities of all 40 tokens add up to 1 far better than bf16 could say.
-    ids, mask = prompts
-    every = torch.arange(40).view(40, 1)
-    one = lambda x: x[:1].expand(40, -1)
-    logp, _ = token_logprobs(model, one(ids), one(mask), every, torch.ones(40, 1).bool(), 1.0)
+    # The probabilities of all 40 first tokens add up to 1 far better than bf16 could say.
+    every = torch.arange(40)[:, None]
+    logp, _ = adapters.token_logprobs(model, *(x[:1] for x in prompts), every, every >= 0, 1.0)
     assert abs(logp.exp().sum().item() - 1) < 1e-5
 
 
 def test_rotary_frequencies_stay_float32(llama):
-    model = bf16_weights(copy.deepcopy(llama))
-    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-    assert all(
-        torch.equal(a, b) and a.dtype == torch.float32
-        for a, b in zip(model.buffers(), llama.buffers())
-    )
-    assert list(llama.buffers())
+    before = [buffer.clone() for buffer in llama.buffers()]
+    model = adapters.bf16_weights(llama)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    assert before and all(map(torch.equal, llama.buffers(), before))
+    assert {buffer.dtype for buffer in llama.buffers()} == {torch.float32}
 
 
-def test_the_check_of_a_model_finds_no_gap(any_model):
-    """Log-probs as sampled with a KV cache, and as scored without one."""
-    assert 0 < cache_gap(any_model) < 1e-4
+def test_rows_of_a_batch_score_alone_as_in_the_batch(llama, prompts):
+    """Rows of several questions, out of order, less the columns that only hold padding."""
+    samples = sample(llama, prompts, T=20)
+    question = torch.arange(12) // 4
+    numbers = torch.arange(240.0).view(12, 20)
+    whole = score(llama, prompts, samples, 0.7)  # log-probs and entropies, in the last two fields
+    batch = adapters.Batch(*prompts, *samples[:2], question, numbers, -numbers, *whole)
+    for rows in ([7, 0, 2], [3], [10, 5], list(range(12))):
+        part = batch.rows(rows)
+        asked = prompts[1][question[rows].unique()]
+        assert part.prompt_ids.shape == (len(asked), asked.sum(dim=1).max())
+        for i in (3, 5, 6, 7, 8):  # all fields that are (N, T), but for the ids
+            assert torch.equal(part[i], batch[i][rows, : samples.mask[rows].sum(dim=1).max()])
+        close(adapters.token_logprobs(llama, *part[:4], 0.7, part.question), part[7:], 1e-5)
 
 
-# --- Micro-batches ----------------------------------------------------------------------------------
+# What makes many kinds of models small. The cap of Gemma 2, 30, is far above its logits then.
+SMALL = SIZE | dict(initializer_range=0.02, head_dim=8, hidden_size_per_layer_input=8)
+SMALL |= dict(laurel_rank=4, altup_num_inputs=2, vocab_size_per_layer_input=40)
+SMALL |= dict(num_kv_shared_layers=0, logits_scaling=8.0, full_attn_idxs=[1], num_heads=8)
+SMALL |= dict(state_size=4, mamba_d_state=4, mamba_d_head=8, mamba_n_heads=8, mamba_d_ssm=64)
+SMALL |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+STATES = "Bamba FalconH1 Jamba Lfm2 Mamba Mamba2 MiniMax OlmoHybrid Qwen3Next RecurrentGemma Rwkv"
 
 
-@pytest.mark.parametrize("limit", [1, 20, 50, 10_000])
-def test_every_row_is_in_one_micro_batch(limit):
-    g = generator(0)
-    lengths = torch.randint(1, 30, (37, 1), generator=g)
-    mask, prompt_mask = (
-        torch.arange(30) < lengths,
-        torch.arange(5) >= torch.randint(0, 5, (37, 1), generator=g),
-    )
-    cuts = micro_batches(range(37), prompt_mask.long(), mask, limit)
-    assert sorted(row for cut in cuts for row in cut) == list(range(37))
-    for cut in cuts:
-        columns = (
-            prompt_mask[cut].sum(1).max() + mask[cut].sum(1).max()
-        )  # as many as go through the model
-        assert len(cut) == 1 or len(cut) * columns <= limit
+def make(name, **config):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SMALL, **config)
+    return transformers.AutoModelForCausalLM.from_config(config).eval().to(DEVICE)
 
 
-@pytest.mark.parametrize("limit", [1, 40, 90, 10_000])
-def test_micro_batches_of_groups_are_as_large_as_the_limit_allows(limit):
-    """12 groups of 3, and some rows left out."""
-    g = generator(0)
-    mask = torch.arange(30) < torch.randint(1, 30, (36, 1), generator=g)
-    prompt_mask = torch.arange(8) >= torch.randint(0, 8, (12, 1), generator=g)
-    rows = [row for row in range(36) if row % 5]
-    cuts = micro_batches(rows, prompt_mask.long(), mask, limit)
-    assert sorted(row for cut in cuts for row in cut) == rows
-
-    def tokens(cut):
-        return len(cut) * (
-            mask[cut].sum(1).max() + prompt_mask[[row // 3 for row in cut]].sum(1).max()
-        )
-
-    assert all(len(cut) == 1 or tokens(cut) <= limit for cut in cuts)
-    assert all(tokens(a + b[:1]) > limit for a, b in zip(cuts, cuts[1:]))
+def test_padding_does_not_make_the_gradient_nan():
+    """A fresh Gemma 3n embeds the pad id as 0, where its norm has an infinite derivative."""
+    model = make("Gemma3nText", activation_sparsity_pattern=[0.0, 0.0])
+    ids, mask = pad_rows([[5, 6], [7, 8, 9, 10]], "left", DEVICE)
+    completions = pad_rows([[11, 12, 13], [14, 15]], "right", DEVICE)
+    for prompt_ids, harmless in ((ids, True), (ids.where(mask, PAD), False)):
+        model.zero_grad()
+        logp, _ = adapters.token_logprobs(model, prompt_ids, mask, *completions, 1.0)
+        logp.sum().backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients) == harmless
 
 
-def test_rows_score_alone_as_in_the_batch(llama, prompts):
-    """Rows of three questions, out of order: values, entropies and mask of the batch, less the columns of mere padding."""
-    samples = sample_groups(llama, *prompts, 4, 20, EOS, PAD, generator=generator(0))
-    whole = rescore(llama, prompts, samples, 0.7, group_size=4)
-    for rows in ([7, 0, 2], [11], list(range(12))):
-        logp, entropy, mask = score_rows(llama, rows, *prompts, *samples[:2], 0.7)
-        width = samples.mask[rows].sum(dim=1).max()
-        assert torch.equal(mask, samples.mask[rows, :width])
-        torch.testing.assert_close(
-            (logp, entropy), (whole[0][rows, :width], whole[1][rows, :width]), rtol=0, atol=1e-5
-        )
+# --- The check of a model -----------------------------------------------------------------------
+
+
+def test_the_four_architectures_pass_the_check(any_model):
+    adapters.check_model(any_model)
+
+
+@pytest.mark.parametrize("name", ["Cohere", "Gemma2", "Granite"])
+def test_logits_that_are_changed_behind_the_head_are_refused(name):
+    with pytest.raises(ValueError, match="behind the vocabulary head"):
+        adapters.check_model(make(name))
+
+
+@pytest.mark.parametrize("name", STATES.split())
+def test_models_with_another_state_are_refused_before_any_pass(name):
+    """For a pass through a small one may take gigabytes: a scan over the states of all tokens."""
+    model = make(name)
+    for module in model.modules():
+        module.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
+    with pytest.raises(ValueError, match="keeps a state"):
+        adapters.check_model(model)
+
+
+def test_a_model_that_forgets_its_padding_behind_a_cache_is_refused(llama):
+    def forget(module, args, kwargs):
+        if kwargs.get("past_key_values"):
+            kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"])
+        return args, kwargs
+
+    llama.base_model.register_forward_pre_hook(forget, with_kwargs=True)
+    with pytest.raises(ValueError, match="padding and a cache"):
+        adapters.check_model(llama)
