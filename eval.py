@@ -129,13 +129,24 @@ def sample_problems(
     """
     prompts = [build_prompt(tokenizer, problem) for problem in problems]
     prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
-    limits = max_new_tokens, eos_token_ids(model, tokenizer), tokenizer.pad_token_id
+    eos_ids = eos_token_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id
     size = max(1, rows_at_once // group_size)  # questions at once
     parts = []
     with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:
         for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True):
             parts.append(
-                sample_groups(model, ids, mask, group_size, *limits, temperature, generator)
+                sample_groups(
+                    model,
+                    ids,
+                    mask,
+                    group_size,
+                    max_new_tokens,
+                    eos_ids,
+                    pad_id,
+                    temperature,
+                    generator,
+                )
             )
             bar.update(len(ids))
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))

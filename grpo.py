@@ -188,10 +188,9 @@ def grpo_loss(
         raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")
     if advantages.dim() == 1:
         advantages = advantages[:, None]  # (N, 1)
-    allowed = (weights.shape, (len(weights), 1))
-    if logp.shape != weights.shape or advantages.shape not in allowed:
-        shapes = [tuple(x.shape) for x in (logp, weights, advantages)]
-        raise ValueError(f"logp, weights and advantages have the shapes {shapes}")
+    shapes = [tuple(x.shape) for x in (weights, logp, logp_old, logp_ref) if x is not None]
+    if len(set(shapes)) > 1 or advantages.shape not in (weights.shape, (len(weights), 1)):
+        raise ValueError(f"the shapes do not fit: {shapes}, advantages {tuple(advantages.shape)}")
 
     # TRAP: where padding holds inf or nan, 0 times it is nan, in the backward pass, too. So what
     # does not count is filled with 0 before anything is computed (test_padding_may_hold_anything).
@@ -329,7 +328,9 @@ def sample_groups(
         # Copying the cache costs time, so rows leave together, an eighth of them at once.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
-            rows, token, running = rows[stay], token[stay], running[stay]
+            rows = rows[stay]
+            token = token[stay]
+            running = running[stay]
             attention_mask = attention_mask[stay]
             cache.batch_select_indices(stay)
         seen = attention_mask[:, : P + t + 1]

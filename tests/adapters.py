@@ -19,9 +19,8 @@ LearnedReward = reward.LearnedReward
 
 def outcome_advantages(rewards, scale="std"):
     """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + 1e-4) of its own group; std with divisor
-    G - 1. "none": r - mean. At least float32, whatever the rewards are. Rewards of a group that
-    differ by less than 1e-6 give exactly 0. ValueError unless rewards have two dimensions with G at
-    least 2, and for another scale.
+    G - 1. "none": r - mean. At least float32. Rewards of a group that differ by less than 1e-6 give
+    exactly 0. ValueError unless rewards are (B, G) with G at least 2, and for another scale.
     """
     return grpo.outcome_advantages(rewards, scale)
 
@@ -59,18 +58,18 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
 
 def grpo_loss(logp, logp_old, logp_ref, advantages, weights, **options):
     """-> (scalar, {"loss", "clip_share", "kl"} as floats). Eq. 3 with its sign turned: the sum of
-    -weight * (surrogate - kl_beta * KL). clip_share: the weight of the tokens with A > 0 and ratio >
-    1 + clip_high, or A < 0 and ratio < 1 - clip_low; kl: the weighted sum of KL, if there is a
+    -weight * (surrogate - kl_beta * KL). clip_share: the weight of the tokens with A > 0 and ratio
+    > 1 + clip_high, or A < 0 and ratio < 1 - clip_low; kl: the weighted sum of KL, if there is a
     logp_ref, which may be None if kl_beta is 0. advantages: (N,), (N, 1) or (N, T). Where a weight
-    is 0, nothing matters, inf and nan neither. options: clip_low, clip_high, kl_beta. ValueError if
-    the KL term lacks its reference, and for shapes that do not fit.
+    is 0, not even inf or nan has an effect. options: clip_low and clip_high (0.2), kl_beta (0.04).
+    ValueError if the KL term lacks its reference, and for shapes that do not fit.
     """
     return grpo.grpo_loss(logp, logp_old, logp_ref, advantages, weights, **options)
 
 
 def micro_batches(batch, limit):
-    """Row numbers, each once, in lists of at most `limit` tokens: rows times the longest prompt and
-    completion. A row that is longer stands alone.
+    """Row numbers, each once, the shortest completions first, in lists as full as `limit` allows:
+    rows * (longest prompt of the batch + longest completion). A row that is longer stands alone.
     """
     return grpo.micro_batches(batch, limit)
 
@@ -89,11 +88,10 @@ def sample_groups(
     temperature=1.0,
     generator=None,
 ):
-    """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), T =
-    max_new_tokens; truncated (N,), true where no EOS came. Nothing but the arguments decides what is
-    drawn. ValueError for a group_size or max_new_tokens below 1, or a temperature below 0. Each
-    prompt goes through the model once; rows that have ended leave the batch; the model's mode (train
-    or eval) is what it was.
+    """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), with T =
+    max_new_tokens; truncated (N,), true where no EOS came. Only the arguments decide what is drawn.
+    Each prompt goes through the model once; rows that have ended leave; the model stays in its mode
+    (train or eval). ValueError for group_size or max_new_tokens below 1, or temperature below 0.
     """
     return grpo.sample_groups(
         model,
@@ -109,11 +107,10 @@ def sample_groups(
 
 
 def sample_token(logits, temperature, generator=None):
-    """(n, V) -> (ids (n,), their log-probs (n,)), drawn from softmax(logits / temperature), at least
-    in float32. The token is the first one at which the sum of probabilities so far reaches (1 -
-    torch.rand(n, 1)) of the whole sum. Temperature 0 takes the likeliest token, with its log-prob at
-    temperature 1. A token of probability 0 never comes; logits that are nan give log-probs that are
-    nan, and an id below V.
+    """(n, V) -> (ids (n,), log-probs (n,)), drawn from softmax(logits / temperature), at least in
+    float32. The token is the first at which the sum of probabilities so far reaches (1 -
+    torch.rand(n, 1)) of the whole sum. Temperature 0 takes the likeliest one, with its log-prob at
+    temperature 1. A token of probability 0 never comes; nan gives log-probs of nan, ids below V.
     """
     return grpo.sample_token(logits, temperature, generator)
 
@@ -128,12 +125,12 @@ def completion_mask(completion_ids, eos_ids):
 def token_logprobs(
     model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None
 ):
-    """log pi(o_t | q, o_<t) at the temperature of the sampling, and the entropy there: both (N, T), 0
-    where mask is false, at least float32; only the first has a gradient. question (N,): the row of
-    prompt_ids that each completion answers (None: question-major). ValueError for a temperature that
-    is not above 0. Each prompt goes through the model once, all T tokens of a completion behind it.
-    Only tokens that count reach the head, in chunks of HEAD_LOGITS / V; their logits are not kept but
-    computed again in the backward pass.
+    """log pi(o_t | q, o_<t) at the sampling's temperature, and the entropy: both (N, T), 0 where
+    mask is false, at least float32; only the first has a gradient. question (N,): the row of
+    prompt_ids that each completion answers (None: question-major). Each prompt goes through the
+    model once, all tokens of a completion behind it. Only tokens that count reach the head, in
+    chunks of HEAD_LOGITS / V, whose logits the backward pass computes again. ValueError for a
+    temperature that is not above 0.
     """
     return grpo.token_logprobs(
         model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question
@@ -141,15 +138,13 @@ def token_logprobs(
 
 
 def bf16_weights(model):
-    """The same model with bf16 parameters; its buffers, such as the frequencies of rotary positions,
-    stay float32.
-    """
+    """The same model with bf16 parameters; buffers, such as rotary frequencies, stay float32."""
     return grpo.bf16_weights(model)
 
 
 def check_model(model):
     """ValueError for a model that keeps another state than keys and values, that changes its logits
-    behind the vocabulary head, or whose log-probs with padding and a cache are not those without.
+    after the head, or whose log-probs with padding and a cache are not those without.
     """
     return grpo.check_model(model)
 

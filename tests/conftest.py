@@ -11,9 +11,7 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
 if os.environ.get("TEST_DEVICE", "cpu") == "cpu":
-    os.environ["CUDA_VISIBLE_DEVICES"] = (
-        ""  # or runs would take a GPU, where sums have no fixed order
-    )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs on a GPU would not be the same to the bit
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import adapters
@@ -28,7 +26,7 @@ transformers.utils.logging.disable_progress_bar()
 
 
 class OnDevice(torch.overrides.TorchFunctionMode):
-    """Make on DEVICE what tests make. What the code makes without device= then meets it and fails."""
+    """Make the tensors of tests on DEVICE: one that the code makes without device= then fails."""
 
     makers = {
         torch.arange,
@@ -56,7 +54,7 @@ def on_device():
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3", "opt"])
 def any_model(request):
-    """Rotary positions; absolute positions; sliding windows; absolute positions with an offset."""
+    """Models of rotary positions, absolute ones, sliding windows, absolute ones with an offset."""
     return tiny_model(request.param)
 
 
@@ -104,15 +102,13 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Below a failure: what the functions that the test calls have to do, by tests/adapters.py."""
+    """Print below a failure what the functions that the test calls have to do: adapters.py."""
     report = (yield).get_result()
     if report.failed:
         source = inspect.getsource(item.function)
         for name in re.findall(r"\b(\w+)\(", source):  # helpers of the same file may call them, too
             helper = getattr(item.module, name, None)
-            if getattr(helper, "__module__", "") == item.module.__name__ and inspect.isfunction(
-                helper
-            ):
+            if inspect.isfunction(helper) and helper.__module__ == item.module.__name__:
                 source += inspect.getsource(helper)
         for name, function in inspect.getmembers(adapters, inspect.isfunction):
             if re.search(rf"\b{name}\(", source):

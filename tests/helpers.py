@@ -28,8 +28,7 @@ import train
 from eval import pick_device
 from reward import load_reward
 
-# where tests/test_objective.py and tests/test_sampling.py compute
-DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))
+DEVICE = torch.device(os.environ.get("TEST_DEVICE", "cpu"))  # of test_objective and test_sampling
 
 # A run of seconds: three questions, four held-out problems, no warm-up.
 SHORT = (
@@ -117,26 +116,20 @@ def make_chat_model(folder, texts=TEXTS, chat_template=CHAT_TEMPLATE, **config):
     )
     tokenizer.chat_template = chat_template
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            **{
-                **dict(
-                    vocab_size=len(tokenizer),
-                    hidden_size=64,
-                    intermediate_size=128,
-                    num_hidden_layers=2,
-                    num_attention_heads=4,
-                    num_key_value_heads=2,
-                    max_position_embeddings=1024,
-                    bos_token_id=None,
-                    eos_token_id=0,
-                    pad_token_id=0,
-                    tie_word_embeddings=True,
-                ),
-                **config,
-            }
-        )
+    size = dict(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+        tie_word_embeddings=True,
     )
+    model = Qwen2ForCausalLM(Qwen2Config(**size | config))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return Path(folder)
@@ -154,19 +147,14 @@ def short_run(out, *flags, reward=None, log=None, bf16=False):
     problems, worked, held_out = train.gather_problems(config, policy, tokenizer)
     reward = reward or load_reward(config.reward)
     rows = []
+
+    def keep(row):
+        rows.append(dict(row))
+        if log:
+            log(row)
+
     out.mkdir(parents=True, exist_ok=True)
-    train.train(
-        policy,
-        tokenizer,
-        problems,
-        worked,
-        held_out,
-        reward,
-        config,
-        out,
-        lambda row: (rows.append(dict(row)), log and log(row)),
-        bf16,
-    )
+    train.train(policy, tokenizer, problems, worked, held_out, reward, config, out, keep, bf16)
     return rows, policy
 
 

@@ -1,565 +1,330 @@
-"""Advantages, KL, the clipped surrogate and the loss: every equation by worked numbers, in float64."""
+"""Test advantages, KL, the clipped surrogate and the loss: each equation by numbers, in float64."""
 
 import math
 
+import adapters as grpo  # grpo.py, or what a course puts in its place
 import pytest
 import torch
-
-from adapters import (
-    clipped_surrogate,
-    completion_mask,
-    grpo_loss,
-    kl_estimate,
-    loss_denominator,
-    outcome_advantages,
-    process_advantages,
-)
-from helpers import DEVICE, generator
+from helpers import generator
+from torch import tensor
+from torch.nn.functional import pad
 
 
-def t(values, **kwargs):
-    return torch.tensor(values, dtype=torch.float64, **kwargs)
+@pytest.fixture(autouse=True)
+def doubles():
+    """Compute in float64, so that a tolerance of 1e-9 holds."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
-# What a failure names.
-OUTCOME = "section 4.1.2: A_hat[i] = (r_i - mean(r)) / std(r), over the group of one question"
-PROCESS = (
-    "section 4.1.3: A_hat[i,t] = sum of the normalised rewards of the steps that end at or behind t"
-)
-UNIFIED = "eq. 5, table 10: grad J = E[1/|o| * sum_t GC * grad log pi(o_t)], GC = A_hat + beta * (pi_ref/pi - 1) for GRPO"
-KL = "eq. 4: KL = pi_ref/pi - log(pi_ref/pi) - 1"
-CLIP = "eq. 3: min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A)"
-LOSS = "eq. 3: J = 1/G * sum_i 1/|o_i| * sum_t {min(ratio * A, clip(ratio) * A) - beta * KL}, the loss is -J"
+def close(got, expected, tolerance=1e-9):
+    got, expected = (torch.as_tensor(x).double().detach().cpu() for x in (got, expected))
+    message = f"expected {expected.tolist()}\ngot      {got.tolist()}\n"
+    torch.testing.assert_close(got, expected, rtol=0, atol=tolerance, msg=message.__add__)
 
 
-def close(equation, got, expected, tolerance=1e-9):
-    expected = expected if torch.is_tensor(expected) else t(expected)
-    torch.testing.assert_close(
-        got,
-        expected,
-        rtol=0,
-        atol=tolerance,
-        msg=lambda text: (
-            f"{equation}\nexpected {expected.tolist()}\ngot      {got.tolist()}\n{text}"
-        ),
-    )
+def example():
+    """Six completions of 1 to 4 tokens: logp (with a gradient), logp_old, logp_ref, A, mask."""
+    g = generator(0)
+    logp = -3 * torch.rand(6, 4, generator=g)
+    logp_old = logp + 0.4 * torch.randn(6, 4, generator=g)
+    logp_ref = logp + 0.4 * torch.randn(6, 4, generator=g)
+    mask = torch.arange(4) < tensor([[4], [1], [3], [2], [4], [2]])
+    return logp.requires_grad_(), logp_old, logp_ref, tensor([1.5, -0.5, -1, 0.7, -1.4, 0.7]), mask
 
 
-# --- Masks ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "ids, eos_ids, expected",
-    [
-        (
-            [5, 6, 9, 9, 9],
-            [9],
-            [1, 1, 1, 0, 0],
-        ),  # up to and including the first EOS, although pad == EOS
-        ([5, 6, 7, 8, 5], [9], [1, 1, 1, 1, 1]),  # no EOS: everything counts
-        ([9, 9, 9, 9, 9], [9], [1, 0, 0, 0, 0]),  # an empty completion still has its EOS
-        ([5, 8, 9, 5, 9], [8, 9], [1, 1, 0, 0, 0]),  # two EOS ids: the first of either
-        ([5, 9, 8, 5, 9], [8, 9], [1, 1, 0, 0, 0]),
-        (
-            [0, 5, 0, 9, 0],
-            [9],
-            [1, 1, 1, 1, 0],
-        ),  # the pad id inside a completion is a token like any other
-        ([5, 6, 7, 8, 9], [], [1, 1, 1, 1, 1]),
-    ],
-)
-def test_mask_goes_up_to_and_including_the_first_eos(ids, eos_ids, expected):
-    assert completion_mask(torch.tensor([ids]), eos_ids).tolist() == [[bool(x) for x in expected]]
+def test_mask_goes_up_to_and_including_the_first_eos():
+    ids = [
+        [5, 6, 9, 9, 9],  # the first EOS counts, although 9 may be the padding, too
+        [9, 9, 9, 9, 9],  # an empty completion still has its EOS
+        [5, 8, 9, 5, 9],  # two EOS ids: the first of either
+        [0, 5, 0, 9, 0],  # a pad id before the EOS is a token like any other
+        [5, 6, 7, 4, 5],  # no EOS: everything counts
+    ]
+    lengths = tensor([[3], [1], [2], [4], [5]])
+    assert torch.equal(grpo.completion_mask(tensor(ids), {8, 9}), torch.arange(5) < lengths)
+    assert grpo.completion_mask(tensor(ids), []).all()
 
 
 def test_eos_token_is_trained():
-    ids = torch.tensor([[5, 9, 9], [5, 6, 9]])  # 9 is EOS and padding
-    mask = completion_mask(ids, [9])
-    logp = t([[-1.0, -2.0, -3.0], [-1.0, -2.0, -3.0]], requires_grad=True)
-    loss, _ = grpo_loss(logp, logp.detach(), None, t([1.0, 1.0]), mask, kl_beta=0)
-    loss.backward()
-    close(
-        LOSS, logp.grad, [[-0.25, -0.25, 0.0], [-1 / 6, -1 / 6, -1 / 6]]
-    )  # -1/2 * 1/|o_i|, EOS included, pad not
-
-
-# --- 4.1.2: advantages ------------------------------------------------------------------------------
+    weights = grpo.token_weights(grpo.completion_mask(tensor([[5, 9, 9], [5, 6, 9]]), [9]))
+    logp = torch.zeros(2, 3, requires_grad=True)
+    grpo.grpo_loss(logp, logp.detach(), None, torch.ones(2), weights, kl_beta=0)[0].backward()
+    # 9 is EOS and padding. The gradient is -1/2 * 1/|o_i|, at the first EOS, too.
+    close(logp.grad, [[-1 / 4, -1 / 4, 0], [-1 / 6, -1 / 6, -1 / 6]])
 
 
 def test_advantages_by_hand():
-    # mean 1/4; sample variance (9/16 + 3 * 1/16) / 3 = 1/4, so std 1/2 (the population's would be 0.433)
-    close(
-        OUTCOME,
-        outcome_advantages(t([[1, 0, 0, 0]])),
-        [[0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001]],
-    )
-    close(
-        OUTCOME, outcome_advantages(t([[1, 0, 0, 0]]), scale="none"), [[0.75, -0.25, -0.25, -0.25]]
-    )
+    # Mean 1/4, sample variance (9/16 + 3 * 1/16) / 3 = 1/4, so std 1/2 (a population's is 0.433).
+    rewards = tensor([[1, 0, 0, 0]])
+    expected = [[0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001]]
+    close(grpo.outcome_advantages(rewards.double()), expected)
+    close(grpo.outcome_advantages(rewards.double(), "none"), [[0.75, -0.25, -0.25, -0.25]])
+    for dtype in (torch.int64, torch.bfloat16, torch.bool):
+        advantages = grpo.outcome_advantages(rewards.to(dtype))
+        assert advantages.dtype == torch.float32
+        close(advantages, expected, tolerance=1e-6)
+    for wrong in ((rewards[:, :1],), (rewards[0],), (rewards, "batch")):  # a group of one, no group
+        with pytest.raises(ValueError):
+            grpo.outcome_advantages(*wrong)
 
 
 def test_groups_do_not_mix():
-    rewards = t([[10.0, 12.0, 11.0, 10.0], [0.0, 1.0, 0.0, 0.0]])
-    together = outcome_advantages(rewards)
-    close(OUTCOME, together.sum(dim=1), [0.0, 0.0])
-    close(
-        OUTCOME,
-        together,
-        torch.cat([outcome_advantages(rewards[:1]), outcome_advantages(rewards[1:])]),
-    )
+    rewards = tensor([[10.0, 12.0, 11.0, 10.0], [0.0, 1.0, 0.0, 0.0]])
+    for scale in ("std", "none"):
+        alone = [grpo.outcome_advantages(group[None], scale) for group in rewards]
+        close(grpo.outcome_advantages(rewards, scale), torch.cat(alone))
 
 
-@pytest.mark.parametrize(
-    "group", [[0.0] * 4, [1.0] * 4, [0.1 + 0.2, 0.3, 0.3, 0.3], [1e-9, 0.0, 0.0, 0.0]]
-)
-@pytest.mark.parametrize("scale", ["std", "none"])
-def test_equal_rewards_give_exactly_zero(group, scale):
-    assert outcome_advantages(t([group]), scale).tolist() == [[0.0] * 4]
-
-
-def test_advantages_do_not_depend_on_shift_or_scale_of_rewards():
-    rewards = t([[1.0, 3.0, 2.0, 7.0]])
-    close(
-        OUTCOME, outcome_advantages(rewards), outcome_advantages(100 * rewards - 5), tolerance=1e-3
-    )  # 1e-4 beside the std
-    close(OUTCOME, outcome_advantages(rewards), outcome_advantages(rewards - 5))
-
-
-def test_integer_and_bf16_rewards_are_computed_in_float32():
-    for dtype in (torch.int64, torch.bfloat16, torch.bool):
-        advantages = outcome_advantages(torch.tensor([[1, 0, 0, 0]]).to(dtype))
-        assert advantages.dtype == torch.float32
-        close(
-            OUTCOME, advantages.double(), [[0.75 / 0.5001] + [-0.25 / 0.5001] * 3], tolerance=1e-6
-        )
-
-
-@pytest.mark.parametrize(
-    "rewards, scale", [([[1.0]], "std"), ([1.0, 0.0], "std"), ([[1.0, 0.0]], "batch")]
-)
-def test_a_group_of_one_and_unknown_scales_are_refused(rewards, scale):
-    with pytest.raises(ValueError):
-        outcome_advantages(t(rewards), scale)
-
-
-# --- 4.1.3: process advantages ----------------------------------------------------------------------
+def test_equal_rewards_give_exactly_zero():
+    rewards = tensor([[1, 1, 1], [0.1 + 0.2, 0.3, 0.3], [1e-9, 0, 0], [1, 1, 0.999]])
+    for scale in ("std", "none"):
+        advantages = grpo.outcome_advantages(rewards, scale)
+        assert not advantages[:3].any() and advantages[3].all()
+    # Rewards of steps, in three groups of two: all alike; no step; a single one.
+    rewards = tensor([[0.1 + 0.2, 0.3], [0.3, 7], [1, 1], [0, 0], [1, 1], [0, 0]])
+    ends = tensor([[0, 2], [1, -1], [-1, -1], [-1, -1], [0, -1], [-1, -1]])
+    assert not grpo.process_advantages(rewards, ends, torch.ones(6, 3).bool(), 2).any()
 
 
 def test_process_advantages_by_hand():
-    """Steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, variance 4 * 1/4 / 3, std 0.57735."""
-    rewards, ends = t([[1, 0, 1], [0, 9, 9]]), torch.tensor([[1, 3, 4], [2, -1, -1]])
-    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0]]).bool()
-    up = 0.5 / (1 / math.sqrt(3) + 1e-4)
-    close(
-        PROCESS,
-        process_advantages(rewards, ends, mask, 2),
-        [
-            [
-                up,
-                up,
-                0,
-                0,
-                up,
-                0,
-            ],  # +up -up +up, then -up +up, then +up: the token that ends a step belongs to it
-            [-up, -up, -up, 0, 0, 0],
-        ],
-    )
-    close(
-        PROCESS,
-        process_advantages(rewards, ends, mask, 2, scale="none"),
-        [[0.5, 0.5, 0, 0, 0.5, 0], [-0.5, -0.5, -0.5, 0, 0, 0]],
-    )
-
-
-def test_tokens_behind_the_last_step_get_nothing():
-    mask = torch.ones(2, 5).bool()
-    advantages = process_advantages(t([[1.0], [0.0]]), torch.tensor([[2], [0]]), mask, 2)
-    up = 0.5 / (math.sqrt(0.5) + 1e-4)  # mean 1/2, variance 2 * 1/4 / 1
-    close(PROCESS, advantages, [[up, up, up, 0, 0], [-up, 0, 0, 0, 0]])
-
-
-def test_tokens_that_do_not_count_get_nothing_wherever_a_step_ends():
-    mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 0]]).bool()
-    advantages = process_advantages(t([[1.0], [0.0]]), torch.tensor([[3], [2]]), mask, 2)
-    assert ((advantages != 0) == mask).all()
-
-
-def test_one_step_at_the_last_token_is_outcome_supervision():
-    g = generator(0)
-    rewards, lengths = (
-        torch.rand(6, 1, generator=g, dtype=torch.float64),
-        torch.tensor([3, 5, 1, 2, 4, 5]),
-    )
-    mask = torch.arange(5) < lengths[:, None]
-    advantages = process_advantages(rewards, lengths[:, None] - 1, mask, 3)
-    close(PROCESS, advantages, outcome_advantages(rewards.view(2, 3)).view(6, 1) * mask)
+    # Steps [1, 0, 1] end at tokens 1, 3, 4 and [0] at 2: mean 1/2, variance 4 * 1/4 / 3.
+    rewards = tensor([[1.0, 0.0, 1.0], [0.0, 9.0, 9.0]])
+    ends = tensor([[1, 3, 4], [2, -1, -1]])
+    mask = tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
+    for scale, std in (("std", math.sqrt(1 / 3) + 1e-4), ("none", 1.0)):
+        up = 0.5 / std  # a step is worth +up or -up
+        first = [up, up, 0, 0, up, 0]  # +up -up +up, then -up +up, then +up, then no step
+        second = [-up, -up, 0, 0, 0, 0]  # the mask hides token 2
+        close(grpo.process_advantages(rewards, ends, mask, 2, scale), [first, second])
+    with pytest.raises(ValueError):
+        grpo.process_advantages(rewards, ends, mask, 2, "batch")
 
 
 def test_process_advantages_by_the_definition():
-    """Against a loop over groups, completions, tokens and steps, on steps of any number in any group."""
     g = generator(1)
-    N, K, T, G = 12, 5, 9, 4
-    rewards = torch.randn(N, K, generator=g, dtype=torch.float64)
-    ends = torch.randint(0, T, (N, K), generator=g).sort(dim=1).values
-    ends[torch.rand(N, K, generator=g) < 0.4] = -1
-    mask = torch.arange(T) <= ends.amax(dim=1, keepdim=True)
-    advantages = process_advantages(rewards, ends, mask, G)
-    for first in range(0, N, G):
-        steps = [
-            (i, ends[i, j].item(), rewards[i, j].item())
-            for i in range(first, first + G)
-            for j in range(K)
-            if ends[i, j] >= 0
-        ]
-        mean = sum(r for *_, r in steps) / len(steps)
-        std = math.sqrt(sum((r - mean) ** 2 for *_, r in steps) / (len(steps) - 1)) + 1e-4
-        for i in range(first, first + G):
-            close(
-                PROCESS,
-                advantages[i],
-                [
-                    sum((r - mean) / std for k, end, r in steps if k == i and end >= token)
-                    for token in range(T)
-                ],
-            )
+    rewards = torch.randn(12, 5, generator=g)  # three groups of four, at most five steps each
+    ends = torch.randint(0, 9, (12, 5), generator=g)
+    ends[torch.rand(12, 5, generator=g) < 0.4] = -1
+    expected = torch.zeros(12, 9)
+    for i in range(12):
+        group = slice(i // 4 * 4, i // 4 * 4 + 4)
+        steps = rewards[group][ends[group] >= 0]
+        for j in range(5):
+            expected[i, : ends[i, j] + 1] += (rewards[i, j] - steps.mean()) / (steps.std() + 1e-4)
+    close(grpo.process_advantages(rewards, ends, torch.ones(12, 9).bool(), 4), expected)
 
 
-def test_process_advantages_refuse_another_scale():
-    with pytest.raises(ValueError):
-        process_advantages(
-            t([[1.0], [0.0]]), torch.tensor([[2], [0]]), torch.ones(2, 5).bool(), 2, scale="batch"
-        )
+def test_one_step_at_the_last_token_is_outcome_supervision():
+    rewards = torch.rand(6, 1, generator=generator(0))
+    *_, mask = example()
+    ends = mask.sum(dim=1, keepdim=True) - 1
+    expected = grpo.outcome_advantages(rewards.view(3, 2)).view(6, 1) * mask
+    close(grpo.process_advantages(rewards, ends, mask, 2), expected)
 
 
-@pytest.mark.parametrize(
-    "rewards, ends",
-    [
-        ([[1.0, 1.0], [1.0, 0.0]], [[0, 2], [1, -1]]),
-        ([[0.1 + 0.2, 0.3], [0.3, 7.0]], [[0, 2], [1, -1]]),  # all alike
-        ([[1.0], [0.0]], [[-1], [-1]]),
-        ([[1.0], [0.0]], [[0], [-1]]),  # no step, one step
-    ],
-)
-def test_equal_or_missing_steps_give_exactly_zero(rewards, ends):
-    assert not process_advantages(t(rewards), torch.tensor(ends), torch.ones(2, 3).bool(), 2).any()
-
-
-# --- The unified view: gradient coefficients, table 10 ----------------------------------------------
-
-
-@pytest.mark.parametrize("method", ["SFT", "RFT", "Online RFT", "GRPO, outcome", "GRPO, process"])
-def test_every_method_has_the_gradient_of_its_coefficient(method):
-    """grad J = 1/G * sum_i 1/|o_i| * sum_t GC * grad log pi(o_t), through the logits of a small policy."""
-    g = generator(2)
-    G, T, V, beta = 4, 5, 7, 0.0 if "RFT" in method or method == "SFT" else 0.3
-    logits = torch.randn(G, T, V, generator=g, dtype=torch.float64, requires_grad=True)
-    tokens, mask = (
-        torch.randint(0, V, (G, T), generator=g),
-        torch.arange(T) < torch.tensor([[5], [2], [3], [1]]),
-    )
-    logp = logits.log_softmax(-1).gather(2, tokens[..., None]).squeeze(2)
-    logp_ref = logp.detach() + 0.3 * torch.randn(G, T, generator=g, dtype=torch.float64)
-    right = t([1, 0, 1, 0])
-    ends = torch.tensor([[1, 4], [1, -1], [0, 2], [0, -1]])
-    advantages = {
-        "SFT": torch.ones(G).double(),
-        "RFT": right,
-        "Online RFT": right,
-        "GRPO, outcome": outcome_advantages(right.view(1, G)).view(G),
-        "GRPO, process": process_advantages(t([[1, 0], [1, 9], [0, 1], [0, 9]]), ends, mask, G),
-    }[method]
-    loss, _ = grpo_loss(logp, logp.detach(), logp_ref, advantages, mask, kl_beta=beta)
-    loss.backward()
-    by_token = advantages if advantages.dim() == 2 else advantages[:, None].expand(G, T)
-    coefficient = by_token + beta * (torch.exp(logp_ref - logp.detach()) - 1)
-    weight = coefficient * mask / mask.sum(1, keepdim=True) / G  # (G, T)
-    one_hot = torch.nn.functional.one_hot(tokens, V).double()
-    expected = -weight[..., None] * (one_hot - logits.detach().softmax(-1))  # of -J
-    close(UNIFIED, logits.grad, expected)
-    assert logits.grad.abs().max() > 0.01
-
-
-# --- eq. 4: the KL estimate -------------------------------------------------------------------------
-
-
-def test_kl_estimate_by_hand():
-    # pi_ref/pi = 1, 2, 1/2:  2 - log 2 - 1 = 0.30685,  1/2 + log 2 - 1 = 0.19315
-    close(
-        KL,
-        kl_estimate(t([0.0, 0.0, 0.0]), t([0.0, math.log(2), -math.log(2)])),
-        [0.0, 1 - math.log(2), math.log(2) - 0.5],
-    )
-
-
-def test_kl_estimate_is_never_negative_and_always_finite():
-    difference = torch.linspace(-100, 100, 4001)
-    kl = kl_estimate(torch.zeros_like(difference), difference)
-    assert torch.isfinite(kl).all() and (kl >= 0).all(), (
-        f"{KL}, is finite and never negative; got {kl.min()} to {kl.max()}"
-    )
-
-
-def test_kl_estimate_averages_to_the_true_kl():
-    p, q = t([0.5, 0.3, 0.2]), t([0.2, 0.2, 0.6])  # policy and reference over three tokens
-    close(KL, (p * kl_estimate(p.log(), q.log())).sum(), (p * (p / q).log()).sum())
+def test_kl_estimate_and_its_gradient_by_hand():
+    # pi_ref/pi = 2: 2 - log 2 - 1 = 0.307. The gradient in log pi is 1 - pi_ref/pi: where the
+    # policy has drifted to a token that the reference finds impossible, it is 1 and not 0.
+    difference = tensor([0, math.log(2), -math.log(2), 10, -21, -100])
+    logp = torch.zeros(6, requires_grad=True)
+    kl = grpo.kl_estimate(logp, difference)
+    kl.sum().backward()
+    close(kl, [0, 1 - math.log(2), math.log(2) - 1 / 2, math.exp(10) - 11, 20, 99], tolerance=1e-8)
+    close(logp.grad, [0, 1 - 2, 1 - 1 / 2, 1 - math.exp(10), 1, 1], tolerance=1e-8)
+    x = tensor(1e-4, dtype=torch.float32)  # where exp(x) - 1 - x is off by 2e-8
+    close(grpo.kl_estimate(x * 0, x), 5e-9, tolerance=1e-10)  # x^2 / 2
 
 
 def test_gradient_of_the_kl_term_is_that_of_the_other_kl():
-    # Differentiated on samples from pi, eq. 4 moves the policy as KL(pi_ref || pi) would, not KL(pi || pi_ref).
-    logits, q = t([0.3, -0.2, 0.5], requires_grad=True), t([0.2, 0.2, 0.6])
+    logits = tensor([0.3, -0.2, 0.5], requires_grad=True)  # a policy over three tokens
+    q = tensor([0.2, 0.2, 0.6])  # the reference
     logp = logits.log_softmax(0)
-    (logp.exp().detach() * kl_estimate(logp, q.log())).sum().backward()  # expectation over samples
-    close(KL, logits.grad, logits.softmax(0).detach() - q)  # = grad of sum q log(q / pi)
+    p = logp.exp().detach()
+    mean = (p * grpo.kl_estimate(logp, q.log())).sum()  # over samples of the policy
+    mean.backward()
+    close(mean, (p * (p / q).log()).sum())  # the value of KL(pi || pi_ref)
+    close(logits.grad, p - q)  # the gradient of KL(pi_ref || pi) = sum of q * log(q / p)
 
 
-# --- eq. 3: the surrogate ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "advantage, ratio, value, gradient",
-    [
-        (2.0, 0.5, 1.0, 1.0),
-        (2.0, 1.1, 2.2, 2.2),
+def test_gradient_of_the_surrogate_by_cases():
+    cases = [
+        (2.0, 0.5, 1.0, 1.0),  # A, ratio, value, gradient
+        (2.0, 1.15, 2.3, 2.3),
         (2.0, 1.5, 2.4, 0.0),  # A > 0: capped above 1.2
-        (-2.0, 0.5, -1.6, 0.0),
-        (-2.0, 1.1, -2.2, -2.2),
-        (-2.0, 1.5, -3.0, -3.0),  # A < 0: capped below 0.8
-    ],
-)
-def test_gradient_of_the_surrogate_by_cases(advantage, ratio, value, gradient):
-    logp = t(math.log(ratio), requires_grad=True)  # d ratio / d logp = ratio
-    surrogate = clipped_surrogate(logp, t(0.0), t(advantage), clip_low=0.2, clip_high=0.2)
-    surrogate.backward()
-    close(CLIP, surrogate.detach(), value)
-    close(CLIP, logp.grad, gradient)
+        (-2.0, 0.5, -1.4, 0.0),  # A < 0: capped below 0.7
+        (-2.0, 0.75, -1.5, -1.5),  # the two ranges are independent
+        (-2.0, 1.5, -3.0, -3.0),
+        (-2.0, 1e4, -2e4, -2e4),  # the bound on the ratio is far away
+    ]
+    A, ratio, value, gradient = tensor(cases).T
+    logp = (ratio.log() - 1).requires_grad_()  # d ratio / d logp = ratio
+    surrogate = grpo.clipped_surrogate(logp, tensor(-1.0), A, clip_low=0.3, clip_high=0.2)
+    surrogate.sum().backward()
+    close(surrogate, value)
+    close(logp.grad, gradient)
 
 
-def test_the_two_clip_ranges_are_independent():
-    ratio = t([0.75, 1.25]).log()
-    close(
-        CLIP,
-        clipped_surrogate(ratio, t([0.0, 0.0]), t([-1.0, 1.0]), clip_low=0.3, clip_high=0.1),
-        [-0.75, 1.1],
-    )
-
-
-@pytest.mark.parametrize("difference", [100.0, -100.0, 1e4, -1e4])
-@pytest.mark.parametrize("advantage", [1.0, 0.0, -1.0])
-def test_absurd_ratios_stay_finite(difference, advantage):
-    logp = torch.tensor([[difference]], requires_grad=True)
-    loss, _ = grpo_loss(
-        logp,
-        torch.zeros(1, 1),
-        torch.zeros(1, 1),
-        torch.tensor([advantage]),
-        torch.ones(1, 1).bool(),
-    )
+def test_absurd_ratios_stay_finite():
+    logp = tensor([[100.0, -100.0, 1e4, -1e4]] * 3, dtype=torch.float32, requires_grad=True)
+    zeros = torch.zeros_like(logp)
+    loss, _ = grpo.grpo_loss(logp, zeros, zeros, tensor([1.0, 0.0, -1.0]), zeros + 1)
     loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
+    assert loss.isfinite() and logp.grad.isfinite().all()
 
 
-# --- eq. 3: the loss --------------------------------------------------------------------------------
-
-MASK = torch.tensor(
-    [[1, 1, 1], [1, 0, 0]], device=DEVICE
-).bool()  # two completions, of 3 tokens and 1 token
-
-
-def test_loss_by_hand():
-    ratio = t([[1.1, 0.9, 1.5], [0.5, 7.0, 7.0]])
-    logp_old = t([[-1.0, -1.0, -1.0], [-1.0, -1.0, -1.0]])
-    logp = logp_old + ratio.log()
-    logp_ref = logp + t([[0.0, math.log(2), 0.0], [0.0, 5.0, 5.0]])
-    # A = 1: ratios 1.1, 0.9, 1.2 (clipped), mean 3.2 / 3; A = -1: -0.8 (clipped)
-    # KL: one token with 1 - log 2, in the first completion of 3 tokens
-    kl = 1 - math.log(2)
-    first, second = (3.2 - 0.1 * kl) / 3, -0.8
-    loss, diagnostics = grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0.1)
-    close(LOSS, loss, -(first + second) / 2)
-    close(KL, diagnostics["kl"], kl / 4)  # 4 tokens count
-    close(
-        KL, grpo_loss(logp, logp_old, logp_ref, t([1.0, -1.0]), MASK, kl_beta=0)[1]["kl"], kl / 4
-    )  # to be looked at
-    assert diagnostics["clip_share"] == 2 / 4, (
-        "clip_share: the 1.5 of A > 0 and the 0.5 of A < 0, of 4 tokens"
-    )
-
-
-def test_the_three_aggregates_by_hand():
-    zeros, advantages = torch.zeros(2, 3, dtype=torch.float64), t([1.0, -2.0])
-    loss = lambda **kwargs: grpo_loss(zeros, zeros, None, advantages, MASK, kl_beta=0, **kwargs)[0]
-    close(LOSS, loss(aggregate="sequence"), -(1.0 - 2.0) / 2)  # means of each completion
-    close(LOSS, loss(aggregate="token"), -(3 * 1.0 - 2.0) / 4)  # 4 tokens
-    close(
-        LOSS, loss(aggregate="constant", max_completion_tokens=10), -(3 * 1.0 - 2.0) / 20
-    )  # 2 rows x limit
-    close(LOSS, loss(denominator=8.0), -(1.0 - 2.0) / 8)
-    with pytest.raises(ValueError):
-        loss(aggregate="constant")
-    with pytest.raises(ValueError):
-        loss(aggregate="mean")
-
-
-@pytest.mark.parametrize("shape", ["(N,)", "(N, 1)", "(N, T)"])
-def test_advantages_come_in_three_shapes(shape):
-    zeros, advantages = torch.zeros(2, 3, dtype=torch.float64), t([1.0, -2.0])
-    given = {
-        "(N,)": advantages,
-        "(N, 1)": advantages[:, None],
-        "(N, T)": advantages[:, None].expand(2, 3),
-    }[shape]
-    close(LOSS, grpo_loss(zeros, zeros, None, given, MASK, kl_beta=0)[0], 0.5)
-
-
-@pytest.mark.parametrize("advantages", [[1.0, 2.0, 3.0], [[1.0, 2.0]], 1.0])
-def test_advantages_of_another_shape_are_refused(advantages):
-    zeros = torch.zeros(2, 3, dtype=torch.float64)
-    with pytest.raises(ValueError):
-        grpo_loss(zeros, zeros, None, t(advantages), MASK, kl_beta=0)
-
-
-def test_the_kl_term_needs_a_reference():
-    zeros = torch.zeros(2, 3)
-    with pytest.raises(ValueError):
-        grpo_loss(zeros, zeros, None, torch.zeros(2), MASK, kl_beta=0.04)
-
-
-def policy_example(seed=0):
-    """Six completions of a softmax policy over 5 tokens: logits (6, 4, 5) with gradient, tokens, mask, advantages."""
-    g = generator(seed)
-    logits = torch.randn(6, 4, 5, generator=g, dtype=torch.float64, requires_grad=True)
-    tokens = torch.randint(5, (6, 4), generator=g)
-    mask = torch.arange(4) < torch.tensor([[4], [1], [3], [2], [4], [2]])
-    advantages = outcome_advantages(
-        torch.tensor([[1.0, 0.0, 0.0], [0.0, 1.0, 1.0]], dtype=torch.float64)
-    ).flatten()
-    ref = torch.randn(6, 4, 5, generator=g, dtype=torch.float64).log_softmax(-1)
-    pick = lambda logp: logp.gather(2, tokens[:, :, None]).squeeze(2)
-    return logits, pick, pick(ref), mask, advantages
-
-
-def test_gradient_equals_equation_21():
-    """At pi_old = pi, grad J = mean_i 1/|o_i| sum_t (A + beta * (pi_ref/pi - 1)) * grad log pi: eq. 20 and 21."""
-    logits, pick, logp_ref, mask, advantages = policy_example()
-    logp = pick(logits.log_softmax(-1))
-    loss, _ = grpo_loss(logp, logp.detach(), logp_ref, advantages, mask, kl_beta=0.3)
-    (gradient,) = torch.autograd.grad(loss, logits)
-
-    coefficient = advantages[:, None] + 0.3 * ((logp_ref - logp).exp() - 1)
-    weight = coefficient.detach() * mask / mask.sum(1, keepdim=True) / 6
-    (expected,) = torch.autograd.grad(-(weight * pick(logits.log_softmax(-1))).sum(), logits)
-    close(UNIFIED, gradient, expected)
-
-
-def test_the_loss_is_zero_on_policy_but_its_gradient_is_not():
-    logits, pick, _, _, advantages = policy_example()
-    logp = pick(logits.log_softmax(-1))
-    loss, _ = grpo_loss(logp, logp.detach(), None, advantages, torch.ones(6, 4).bool(), kl_beta=0)
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert abs(loss.item()) < 1e-6 and gradient.norm() > 0.1
-
-
-@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
-def test_micro_batches_change_nothing(aggregate, size):
-    logits, pick, logp_ref, mask, advantages = policy_example()
-    logp_old = pick(
-        torch.randn(6, 4, 5, generator=generator(1), dtype=torch.float64).log_softmax(-1)
-    )
-
-    def gradient(size, extra_columns):
-        logp = pick(logits.log_softmax(-1))
-        pad = lambda x: torch.nn.functional.pad(x, (0, extra_columns), value=0)
-        total, denominator = 0.0, loss_denominator(mask, aggregate, 10)
-        for rows in torch.arange(6).split(size):
-            loss, _ = grpo_loss(
-                *(pad(x)[rows] for x in (logp, logp_old, logp_ref)),
-                advantages[rows],
-                pad(mask)[rows],
-                aggregate=aggregate,
-                max_completion_tokens=10,
-                denominator=denominator,
-            )
-            total = total + loss
-        return total.detach(), torch.autograd.grad(total, logits)[0]
-
-    logp = pick(logits.log_softmax(-1))
-    whole, _ = grpo_loss(
-        logp, logp_old, logp_ref, advantages, mask, aggregate=aggregate, max_completion_tokens=10
-    )
-    value, grad = gradient(size, extra_columns=3)
-    close(LOSS, value, whole.detach())
-    close(LOSS, grad, torch.autograd.grad(whole, logits)[0])
-
-
-def test_padding_may_hold_anything():
-    logp = t([[-1.0, -2.0, -3.0], [-1.0, float("nan"), float("-inf")]], requires_grad=True)
-    rubbish = t([[-1.0, -2.0, -3.0], [-1.0, float("inf"), float("nan")]])
-    loss, diagnostics = grpo_loss(logp, rubbish, rubbish, t([1.0, -1.0]), MASK)
-    loss.backward()
-    assert torch.isfinite(loss) and torch.isfinite(logp.grad).all()
-    assert logp.grad[1, 1:].tolist() == [0.0, 0.0] and all(
-        torch.isfinite(v) for v in diagnostics.values()
-    )
+def test_weights_of_the_three_aggregates_by_hand():
+    mask = tensor([[1, 1, 1], [0, 0, 0], [1, 0, 0]]).bool()  # two rows have tokens, four in all
+    close(grpo.token_weights(mask), [[1 / 6, 1 / 6, 1 / 6], [0, 0, 0], [1 / 2, 0, 0]])
+    close(grpo.token_weights(mask, "token"), mask / 4)
+    close(grpo.token_weights(mask, "constant", 10), mask / (2 * 10))
+    for wrong in (("constant",), ("mean", 10)):
+        with pytest.raises(ValueError):
+            grpo.token_weights(mask, *wrong)
 
 
 @pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
 def test_everything_truncated_and_masked_gives_zero(aggregate):
-    logp = torch.randn(2, 3, requires_grad=True)
-    loss, diagnostics = grpo_loss(
-        logp,
-        logp.detach(),
-        logp.detach(),
-        torch.tensor([1.0, -1.0]),
-        torch.zeros(2, 3).bool(),
-        aggregate=aggregate,
-        max_completion_tokens=3,
-    )
+    *tensors, mask = example()
+    loss, diagnostics = grpo.grpo_loss(*tensors, grpo.token_weights(mask & False, aggregate, 10))
     loss.backward()
-    assert (
-        loss.item() == 0
-        and logp.grad.abs().sum() == 0
-        and not any(v.isnan() for v in diagnostics.values())
-    )
+    assert diagnostics == {"loss": 0, "kl": 0, "clip_share": 0} and not tensors[0].grad.any()
 
 
-def test_rows_without_tokens_leave_the_denominator():
-    mask = torch.tensor([[1, 1], [0, 0], [1, 0]]).bool()
-    assert loss_denominator(mask) == 2
-    assert loss_denominator(mask, "token") == 3
-    assert loss_denominator(mask, "constant", 10) == 20
+def test_loss_by_hand():
+    ratio = tensor([[1.1, 0.5, 1.3], [0.7, 0.5, 9.0], [1.3, 9.0, 9.0]])
+    weights = tensor([[1 / 9, 1 / 9, 1 / 9], [1 / 6, 1 / 6, 0], [1 / 3, 0, 0]])
+    A = tensor([1.0, -1.0, -1.0])
+    logp = ratio.log()
+    ref = logp + tensor([[0, math.log(2), 0], [0, 0, 5], [0, 5, 5]])
+    loss, diagnostics = grpo.grpo_loss(logp, logp * 0, ref, A, weights, clip_low=0.4, kl_beta=0.1)
+    # Clipped to 0.6 ... 1.2.  A = 1: 1.1 + 0.5 + 1.2 = 2.8;  A = -1: -0.7 - 0.6 = -1.3, and -1.3
+    kl = (1 - math.log(2)) / 9  # one token has 2 - log 2 - 1
+    close(loss, 0.1 * kl - 2.8 / 9 + 1.3 / 6 + 1.3 / 3)
+    assert diagnostics["loss"] == loss.item()
+    close(diagnostics["kl"], kl)
+    close(diagnostics["clip_share"], 1 / 9 + 1 / 6)  # 1.3 of A = 1, and 0.5 of A = -1
+
+
+def loss_by_loops(logp, logp_old, logp_ref, A, mask, aggregate):
+    """Compute eq. 3 token by token, clipped to 0.8 ... 1.2, beta 0.04: loss, KL, clip share."""
+    sums = torch.zeros(3)
+    lengths = [sum(row) for row in mask.tolist()]
+    N = sum(length > 0 for length in lengths)
+    for i, length in enumerate(lengths):
+        parts = {"sequence": N * length, "token": sum(lengths), "constant": N * 10}[aggregate]
+        for t in range(length):
+            ratio = torch.exp(logp[i, t] - logp_old[i, t])
+            clipped = min(max(ratio, 0.8), 1.2)
+            kl = torch.exp(logp_ref[i, t] - logp[i, t]) - (logp_ref[i, t] - logp[i, t]) - 1
+            objective = min(ratio * A[i], clipped * A[i]) - 0.04 * kl
+            sums = sums + torch.stack([-objective, kl, clipped * A[i] < ratio * A[i]]) / parts
+    return sums
+
+
+@pytest.mark.parametrize("aggregate", ["sequence", "token", "constant"])
+@pytest.mark.parametrize("longest", [3, 4])  # with 3 the rows of 4 are truncated and masked
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_micro_batches_change_nothing(aggregate, longest, size):
+    """Compare the sums over micro-batches, with more padding, with plain loops over the batch."""
+    logp, logp_old, logp_ref, A, mask = example()
+    mask = mask & (mask.sum(dim=1, keepdim=True) <= longest)
+    expected = loss_by_loops(logp, logp_old, logp_ref, A, mask, aggregate)
+    *wider, mask = (pad(x, (0, 3)) for x in (logp, logp_old, logp_ref, mask))
+    weights = grpo.token_weights(mask, aggregate, 10)
+    sums = torch.zeros(3)
+    for rows in torch.arange(6).split(size):
+        loss, diagnostics = grpo.grpo_loss(*(x[rows] for x in (*wider, A, weights)))
+        sums = sums + torch.stack([loss, *tensor([diagnostics["kl"], diagnostics["clip_share"]])])
+    close(sums, expected)
+    close(*(torch.autograd.grad(x[0], logp)[0] for x in (sums, expected)))
+
+
+@pytest.mark.parametrize("rubbish", [math.inf, -math.inf, math.nan, 1e300])
+def test_padding_may_hold_anything(rubbish):
+    *tensors, mask = example()
+    mask[1] = False  # row 1 is padding from end to end
+    tensors[3] = tensors[3][:, None].expand(6, 4)  # the advantages
+    loss, diagnostics = grpo.grpo_loss(*tensors, grpo.token_weights(mask))
+    dirty = [x.detach().masked_fill(~mask, rubbish) for x in tensors]
+    again, same = grpo.grpo_loss(dirty[0].requires_grad_(), *dirty[1:], grpo.token_weights(mask))
+    (loss + again).backward()
+    assert same == diagnostics and torch.equal(dirty[0].grad, tensors[0].grad * mask)
+
+
+def test_gradient_equals_equation_21_and_the_coefficients_of_table_10():
+    logp, _, logp_ref, A, mask = example()
+    weights = grpo.token_weights(mask)
+    for gc, beta in ((torch.ones(6), 0), ((A > 0).double(), 0), (A, 0.3)):  # SFT, RFT, GRPO
+        loss, shown = grpo.grpo_loss(logp, logp.detach(), logp_ref, gc, weights, kl_beta=beta)
+        assert shown["kl"] > 0  # with beta = 0, too
+        (gradient,) = torch.autograd.grad(loss, logp)
+        coefficient = gc[:, None] + beta * ((logp_ref - logp).exp() - 1)
+        close(-gradient, coefficient * mask / mask.sum(dim=1, keepdim=True) / 6)
+
+
+def test_the_loss_is_zero_on_policy_but_its_gradient_is_not():
+    logits = torch.randn(4, 3, 5, generator=generator(3), requires_grad=True)
+    logp = logits.log_softmax(-1)[..., 0]
+    A = grpo.outcome_advantages(tensor([[1.0, 0.0, 0.0, 0.0]])).flatten()
+    loss, _ = grpo.grpo_loss(logp, logp.detach(), None, A, torch.full((4, 3), 1 / 12), kl_beta=0)
+    loss.backward()
+    assert abs(loss.item()) < 1e-9 and logits.grad.norm() > 0.1
 
 
 def test_batch_tensors_are_not_written_to():
-    tensors = [
-        torch.randn(2, 3),
-        torch.randn(2, 3),
-        torch.randn(2, 3),
-        torch.randn(2),
-        MASK.clone(),
-    ]
-    copies = [x.clone() for x in tensors]
-    grpo_loss(*tensors)
-    assert all(torch.equal(a, b) for a, b in zip(tensors, copies))
+    tensors = example()
+    grpo.grpo_loss(*tensors[:4], grpo.token_weights(tensors[4]))
+    assert all(map(torch.equal, tensors, example()))
 
 
-def test_diagnostics_are_means_over_the_tokens_that_count():
-    mask, far = torch.tensor([[1, 1, 0], [1, 0, 0]]).bool(), math.log(2)
-    logp = t([[0.0, far, 5.0], [far, float("nan"), float("inf")]])
-    _, diagnostics = grpo_loss(
-        logp,
-        torch.zeros_like(logp),
-        t([[0.0, 0.0, 9.0], [0.0, float("nan"), 0.0]]),
-        t([1.0, -1.0]),
-        mask,
-    )
-    close(
-        "clip_share, the share of tokens whose gradient the clip took away",
-        diagnostics["clip_share"].double(),
-        1 / 3,
-        tolerance=1e-6,
-    )  # too far up and A > 0; for A < 0 it may come back
-    close(KL, diagnostics["kl"], 2 * (0.5 + far - 1) / 3)
-    _, diagnostics = grpo_loss(logp, logp, logp, t([1.0, 1.0]), torch.zeros(2, 3).bool())
-    assert diagnostics["clip_share"] == diagnostics["kl"] == 0
+def test_advantages_come_in_three_shapes_and_others_are_refused():
+    zeros = torch.zeros(2, 3)
+    weights = tensor([[1 / 6, 1 / 6, 1 / 6], [1 / 2, 0, 0]])
+    for A in ([1.0, -2.0], [[1.0], [-2.0]], [[3.0, 0.0, 0.0], [-2.0, 9.0, 9.0]]):
+        loss, diagnostics = grpo.grpo_loss(zeros, zeros, None, tensor(A), weights, kl_beta=0)
+        close(loss, -(3 * 1 / 6 - 2 / 2))
+        assert set(diagnostics) == {"loss", "clip_share"}  # no reference, no KL
+    with pytest.raises(ValueError):
+        grpo.grpo_loss(zeros, zeros, None, zeros, weights)  # the KL term needs its reference
+    for shape in ((3,), (1, 3), (3, 3), (2, 2), ()):
+        for place in range(4):  # logp, logp_old, logp_ref, advantages
+            tensors = [zeros] * 4
+            tensors[place] = torch.zeros(shape)
+            with pytest.raises(ValueError):
+                grpo.grpo_loss(*tensors, weights)
+
+
+def make_batch():
+    """Two completions of each of three prompts, of 2, 4 and 5 tokens; wider than it need be."""
+    prompt_mask = torch.arange(6) >= tensor([[4], [2], [1]])  # (3, 6)
+    mask = pad(example()[-1], (0, 2))  # (6, 6)
+    ids, *others = (torch.arange(36).view(6, 6) + 100 * k for k in range(5))
+    return grpo.Batch(ids[:3], prompt_mask, ids, mask, tensor([0, 0, 1, 1, 2, 2]), *others)
+
+
+def test_rows_keep_their_own_prompt_and_lose_padding():
+    batch = make_batch()
+    # Row numbers, their prompts, the longest prompt, the longest completion.
+    for rows, asked, P, T in (([5, 0, 1], [0, 2], 5, 4), ([3], [1], 4, 2), ([1], [0], 2, 1)):
+        micro = batch.rows(rows)
+        assert [asked[q] for q in micro.question] == batch.question[rows].tolist()
+        for got, whole in zip(micro[:2], batch[:2], strict=True):  # each prompt once
+            assert torch.equal(got, whole[asked, 6 - P :])
+        for name in set(grpo.Batch._fields[2:]) - {"question"}:
+            assert torch.equal(getattr(micro, name), getattr(batch, name)[rows, :T]), name
+
+
+def test_micro_batches_hold_each_row_once_and_what_the_limit_allows():
+    batch = make_batch()
+    lengths = batch.mask.sum(dim=1).tolist()
+    for limit, expected in (
+        (1, [[1], [2], [2], [3], [4], [4]]),  # a row that is longer than the limit stands alone
+        (20, [[1, 2], [2, 3], [4, 4]]),  # prompts of 6: 2 * 8, 2 * 9 and 2 * 10 fit, 3 * 8 do not
+        (59, [[1, 2, 2, 3, 4], [4]]),  # 5 * 10 fit, 6 * 10 do not
+        (60, [[1, 2, 2, 3, 4, 4]]),
+    ):
+        lists = grpo.micro_batches(batch, limit)
+        assert [[lengths[row] for row in rows] for rows in lists] == expected
+        assert sorted(sum(lists, [])) == list(range(6))
