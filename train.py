@@ -553,7 +553,9 @@ def gather_problems(config, model, tokenizer):
         return drop_long_problems(model, tokenizer, found, config.max_new_tokens)
 
     problems = load(config.problems, "train")
-    worked = load(config.problems, "sft") if config.problems == "arithmetic" else problems
+    worked = problems
+    if config.problems == "arithmetic":
+        worked = load("arithmetic", "sft") if config.sft_steps else []
     held_out = {}
     for name in config.eval_problems.split(",") if config.eval_problems else [config.problems]:
         if name == "arithmetic":

@@ -194,6 +194,8 @@ def test_the_warm_up_is_cross_entropy_per_token_at_temperature_one(tmp_path):
         (-sum(logps) / len(logps)).backward()
         assert naive_step(naive, adam, lr, config.max_grad_norm) > config.max_grad_norm
     assert (flat(policy) - flat(naive)).norm() < 1e-3 * (flat(naive) - start).norm()
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "sft", dtype=torch.float64)
+    assert torch.equal(flat(saved), flat(policy))
 
 
 # --- Parts of a step, and Algorithm 1 -----------------------------------------------------------
@@ -242,17 +244,20 @@ def test_each_completion_is_scored_with_its_own_gold():
     """Question-major: the four completions of the first question, then those of the second."""
     seen = []
 
-    def count(prompts, completions, answer):
+    def reward(prompts, completions, answer):
         time.sleep(0.3)
         seen.extend(zip(prompts, answer, strict=True))
-        return range(12)
+        return [0, 1, 1, 2] + [5, 5, 5, 5] + [8, 8, 10, 10]
 
-    _, batch, stats, _ = one_batch(reward=count)
+    started = time.perf_counter()
+    _, batch, stats, _ = one_batch(reward=reward)
+    seconds = time.perf_counter() - started
     assert seen == [row[:2] for row in PROBLEMS[:3] for _ in range(4)]
-    # [0, 1, 2, 3] has mean 1.5 and std 1.29, as have [4, 5, 6, 7] and [8, 9, 10, 11].
-    expected = torch.tensor([-1.5, -0.5, 0.5, 1.5] * 3) / 1.29099
+    # Mean 1, std sqrt(2/3); equal; mean 9, std sqrt(4/3).
+    expected = torch.tensor([-1.2247, 0, 0, 1.2247, 0, 0, 0, 0, -0.866, -0.866, 0.866, 0.866])
     torch.testing.assert_close(batch.advantages[:, 0], expected, rtol=0, atol=1e-3)
-    assert stats["reward"] == 5.5 and stats["t_reward"] > 0.29 > stats["t_sample"]
+    assert (stats["reward"], stats["zero_var"]) == (5.0, pytest.approx(1 / 3))
+    assert 0.29 < stats["t_reward"] < seconds - stats["t_sample"]
 
 
 def test_old_logprobs_stay_those_before_the_first_update():
@@ -359,7 +364,7 @@ def whole_run(tmp_path_factory, story_file):
     (folder / "own.py").write_text(reward)
     flags = (
         f"{FLAGS} --model {folder}/model --problems {story_file} --reward {folder}/own.py:odd "
-        f"--sft-steps 1 --steps 3 --eval-problems arithmetic,{story_file} --eval-every 2 "
+        f"--steps 3 --eval-problems arithmetic,{story_file} --eval-every 2 "
         f"--eval-limit 4 --device cpu --out {folder}/run"
     )
     with contextlib.redirect_stdout(io.StringIO()) as printed:
@@ -398,12 +403,11 @@ def test_a_run_leaves_complete_files_and_a_summary(whole_run):
 def test_a_run_is_a_model_folder(whole_run, tmp_path):
     """It loads anywhere; and eval.py finds what the run found, by the settings in run.json."""
     out, _, summary, _ = whole_run
-    for folder in (out, out / "sft"):
-        assert AutoModelForCausalLM.from_pretrained(folder).dtype == torch.float32
-        assert "<|im_start|>" in AutoTokenizer.from_pretrained(folder).chat_template
-        saved = json.loads((folder / "generation_config.json").read_text())
-        assert not saved.keys() & {"top_k", "temperature", "repetition_penalty"}
-        assert len(saved["eos_token_id"]) > 2
+    assert AutoModelForCausalLM.from_pretrained(out).dtype == torch.float32
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(out).chat_template
+    saved = json.loads((out / "generation_config.json").read_text())
+    assert not saved.keys() & {"top_k", "temperature", "repetition_penalty"}
+    assert len(saved["eos_token_id"]) > 2
     path = tmp_path / "eval.json"
     evaluation.main(f"--model {out} --limit 4 --device cpu --out {path}".split())
     scores = json.loads(path.read_text())["scores"]
