@@ -486,9 +486,9 @@ def bf16_weights(model):
 def check_model(model):
     """Raise ValueError if sampling or log-probs would be wrong for a model.
 
-    Refused are models that keep another state than keys and values, such as Mamba; those that
-    change the logits behind the vocabulary head, such as Gemma 2, Cohere and Granite; and those
-    whose log-probs with a cache and padding are not those of a plain pass.
+    Refused are models that keep another state than keys and values, such as Mamba; those whose
+    logits are not just the vocabulary head applied to the last state, such as Gemma 2, Cohere and
+    Granite; and those whose log-probs with a cache and padding are not those of a plain pass.
     """
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or attention
@@ -501,7 +501,7 @@ def check_model(model):
     with head.register_forward_pre_hook(lambda module, states: (1000 * states[0],)):
         difference = model(input_ids=ids).logits - expected
     if not difference.abs().max() < 1e-3 * expected.abs().max():
-        raise ValueError("it changes its logits behind the vocabulary head")
+        raise ValueError("its logits are not the vocabulary head of its last state")
 
     prompt_mask = ids.cumsum(dim=1) > 3  # a prompt of 2 tokens, and one of 5
     samples = sample_groups(model, ids, prompt_mask, 1, 8, [], pad_id=1, temperature=0)

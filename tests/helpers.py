@@ -67,7 +67,9 @@ CONFIGS = {
     "gemma2": lambda: Gemma2Config(
         **SIZE, head_dim=8, final_logit_softcapping=5.0, sliding_window=6
     ),
-    "gemma3": lambda: Gemma3TextConfig(**SIZE, head_dim=8, sliding_window=6),
+    "gemma3": lambda: Gemma3TextConfig(
+        **SIZE, head_dim=8, sliding_window=6, tie_word_embeddings=False
+    ),
     "opt": lambda: OPTConfig(**SIZE, ffn_dim=48),
 }
 

@@ -50,6 +50,7 @@ def test_samples_have_the_promised_shapes(llama, prompts):
         assert truncated == (not set(EOS) & set(ids.tolist()))
         assert (logp[mask] < 0).all() and (logp[~mask] == 0).all() and (ids[~mask] == PAD).all()
     assert 0 < samples.truncated.sum() < 12  # both kinds were met
+    assert not sample(llama, prompts, T=1, eos=range(40)).truncated.any()  # ended by its last token
 
 
 def test_greedy_equals_generate(any_model, prompts):
