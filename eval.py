@@ -451,7 +451,7 @@ def read_problems(path):
             continue
         try:
             problems.append(parse_problem(line.decode("utf-8-sig"), number))
-        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             want = '{"question": "1+1?", "answer": "2"}'
             raise InputError(f"{path}, line {number}: want {want}, found: {error}") from error
     unusable = [p.line for p in problems if not is_equivalent(p.answer, p.answer)]
@@ -540,6 +540,7 @@ def load_model(name, device):
             raise ValueError("its tokenizer has more tokens than the model")
         model = model.to(device).eval()
         check_model(model)
+        eos_token_ids(model, tokenizer)  # a template may refuse answers
     except Exception as error:  # a broken folder or an unknown architecture may fail in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -645,9 +646,10 @@ def versions():
 def read_run(folder):
     """Return the options of the run of train.py in a folder; most models are none: then {}."""
     try:
-        return json.loads(Path(folder, "run.json").read_text())["config"]
+        config = json.loads(Path(folder, "run.json").read_text())["config"]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
+    return config if isinstance(config, dict) else {}
 
 
 def main(argv):
@@ -670,7 +672,7 @@ def main(argv):
         raise InputError(f"--problems or --ask is required: {options.model} is no run of train.py")
     moment = time.strftime("%Y%m%d-%H%M%S")
     out = Path(options.out or f"runs/eval-{Path(name).stem}-{moment}.json")
-    if out.exists():
+    if out.exists() and not options.ask:
         raise InputError(f"--out {out} exists, and nothing is overwritten: name another file")
     if options.ask:
         problems = [Problem(options.ask, "", request=options.request)]
