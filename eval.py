@@ -101,9 +101,9 @@ def eos_token_ids(model, tokenizer):
 def pad_rows(rows, side, device):
     """Turn lists of ids into (ids, mask), both (n, longest); side: "left" for prompts, or "right".
 
-    TRAP: padding is the first token of its row, not the pad id. The embedding of that is all 0 in
-    a fresh model, where some norms have an infinite derivative: 0 times it is nan
-    (test_padding_does_not_make_the_gradient_nan).
+    TRAP: padding is the first token of its row, not the pad id. The pad id's embedding is all 0 in
+    a fresh model, and to the left of a prompt the state then stays 0, where some norms have an
+    infinite derivative: 0 times it is nan (test_padding_does_not_make_the_gradient_nan).
     """
     tensors = [torch.tensor(row) for row in rows]
     ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
@@ -407,8 +407,7 @@ def make_arithmetic(split):
         hidden = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
         if hidden != held_out:
             continue
-        total = numbers[0]
-        rest = numbers[1:]
+        total, *rest = numbers
         solution = ""
         while rest:
             take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
@@ -424,7 +423,7 @@ def make_arithmetic(split):
 
 def write_sum(numbers):
     """Write [7, 5, -4] as "7+5-4"."""
-    return str(numbers[0]) + "".join(f"{number:+d}" for number in numbers[1:])
+    return "".join(f"{number:+d}" for number in numbers).removeprefix("+")
 
 
 def fetch(url, sha256, name):
@@ -490,8 +489,7 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens):
     """Keep the problems whose prompts and completions fit the model. Raises InputError if none."""
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     room = (positions or math.inf) - max_new_tokens
-    fits = [len(build_prompt(tokenizer, problem)) <= room for problem in problems]
-    kept = list(itertools.compress(problems, fits))
+    kept = [problem for problem in problems if len(build_prompt(tokenizer, problem)) <= room]
     limit = f"the {room} tokens that --max-new-tokens {max_new_tokens} leaves of the context"
     if not kept:
         raise InputError(f"no prompt fits into {limit}: lower it")
@@ -571,9 +569,9 @@ def save_model(model, tokenizer, folder):
 # --- 5. The command line: may be skipped --------------------------------------------------------
 
 
-def opt(default, text, **more):
+def opt(default, text):
     """Make a field of a dataclass of options: its default, and its line in --help."""
-    return field(default=default, metadata={"help": text, **more})
+    return field(default=default, metadata={"help": text})
 
 
 @dataclass

@@ -19,8 +19,10 @@ gives to token o_t after question q and the tokens before. EOS is the token that
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the
-groups back. V is the size of the vocabulary, D that of a hidden state. `mask` is true where a
-completion token counts.
+groups back. P and T are the longest prompt and completion, K the most steps of a completion, V the
+size of the vocabulary, D that of a hidden state. Small letters (n, t) are a part of the big ones, M
+is a number of tokens that count. `mask` is true up to and including the first EOS; `weights` say
+how much a token counts in the loss.
 
 The paper leaves open, and we chose: the standard deviation is that of a sample (divisor G - 1),
 with 1e-4 added; epsilon is 0.2; log-probs are those of the distribution that was sampled from,
@@ -84,8 +86,8 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
     rewards, ends: (N, K), what each step earned and the token that ends it; -1 in ends fills up
     rows with fewer steps. mask: (N, T). Returns (N, T), 0 where mask is false.
 
-    G = 2, steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, std 0.577, so r~ is
-    +-0.866 -> [0.87, 0.87, 0, 0, 0.87] and [-0.87, -0.87, -0.87, 0, 0]
+    G = 2, T = 5, steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, std 0.577, so
+    r~ is +-0.866 -> [0.87, 0.87, 0, 0, 0.87] and [-0.87, -0.87, -0.87, 0, 0]
     """
     normalised = torch.zeros_like(at_least_float32(rewards))  # (N, K)
     for first in range(0, len(rewards), group_size):
@@ -93,6 +95,7 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
         real = ends[group] >= 0  # (G, K)
         steps = rewards[group][real]  # all steps of the group, in a row
         if len(steps) > 1:  # a single step has nothing to be compared with
+            # group is a slice, so normalised[group] is a view, and this writes to normalised.
             normalised[group][real] = outcome_advantages(steps[None], scale)[0]
     # Each r~ goes onto the token that ends its step. Then every token adds up what stands on it
     # and behind it: flip, running sum, flip back.
@@ -106,7 +109,7 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
 # and each is `grpo_loss` here. They differ in who wrote the completions, and in GC, the gradient
 # coefficient of a token:
 #   SFT          people or a program     1                     warm_up of train.py
-#   RFT          the reference (SFT)     1 if right, else 0    --sample-from reference, and
+#   RFT          the reference (SFT)     1 if right, else 0    as the next, --sample-from reference
 #   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0
 #   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 
@@ -118,8 +121,8 @@ def clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high):
     respect to logp, for a clip range of 0.2 on both sides:
 
               ratio < 0.8    0.8 ... 1.2    ratio > 1.2
-      A > 0   ratio * A      ratio * A      0              (likely enough for now)
-      A < 0   0              ratio * A      ratio * A      (on the left: unlikely enough for now)
+      A > 0   ratio * A      ratio * A      0 (likely enough for now)
+      A < 0   0 (unlikely)   ratio * A      ratio * A
 
     TRAP: it is min for both signs of A. With max for A < 0, a bad token that grew likelier would
     get no gradient (test_gradient_of_the_surrogate_by_cases).
@@ -179,10 +182,11 @@ def grpo_loss(
     weight of the tokens whose gradient the clip took away; kl, if there is a logp_ref. Raises
     ValueError if the KL term lacks its reference or the shapes do not fit.
 
-    In the first update after sampling every ratio is 1 and the advantages of a group sum to 0, so
-    the loss prints as 0, plus the KL term. That is no bug. d ratio / d logp is the ratio, here 1,
-    so token t has the gradient weight * A * grad logp_t: each advantage pulls at another
-    grad logp, and these do not cancel (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
+    In the first update after sampling every ratio is 1. With outcome rewards and "sequence" weights
+    the advantages of a group then add up to 0, and the loss prints as 0, plus the KL term. That is
+    no bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
+    weight * A * grad logp_t: each advantage pulls at another grad logp, and these do not cancel
+    (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
     """
     if kl_beta and logp_ref is None:
         raise ValueError("kl_beta is not 0, so the KL term needs logp_ref")
@@ -200,10 +204,9 @@ def grpo_loss(
     advantages = advantages.expand_as(weights).masked_fill(padding, 0.0)
 
     objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)  # (N, T)
-    ratio = (logp - logp_old).detach().exp()
-    too_likely = (advantages > 0) & (ratio > 1 + clip_high)
-    too_unlikely = (advantages < 0) & (ratio < 1 - clip_low)
-    diagnostics = {"clip_share": (weights * (too_likely | too_unlikely)).sum().item()}
+    unclipped = (logp - logp_old).detach().exp() * advantages
+    clipped = objective < unclipped  # where min took the clip
+    diagnostics = {"clip_share": (weights * clipped).sum().item()}
     if logp_ref is not None:
         kl = kl_estimate(logp, logp_ref.masked_fill(padding, 0.0))  # (N, T)
         objective = objective - kl_beta * kl
@@ -243,9 +246,9 @@ class Batch(NamedTuple):
 def micro_batches(batch, limit):
     """Cut a batch into lists of row numbers with at most `limit` tokens, padding included.
 
-    Each row counts with the longest prompt: its keys and values are copied for every row. A row
-    that is longer than the limit stands alone. Rows of similar length go together, so that little
-    is padding. The cut changes memory and time, but no number: the losses add up.
+    The longest prompt counts once per row: its keys and values are copied for each. A row that is
+    longer than the limit stands alone. Rows of similar length go together, so that little is
+    padding. The cut changes memory, time and rounding only: the losses add up.
     """
     P = batch.prompt_ids.shape[1]
     lengths = batch.mask.sum(dim=1).tolist()
@@ -263,7 +266,7 @@ def micro_batches(batch, limit):
 class Samples(NamedTuple):
     """Hold what `sample_groups` returns: N = B * group_size rows, question-major."""
 
-    completion_ids: torch.Tensor  # (N, T) int64, padded on the right; T is max_new_tokens
+    completion_ids: torch.Tensor  # (N, T) padded on the right to T = max_new_tokens
     mask: torch.Tensor  # (N, T) bool, true up to and including the first EOS
     logp: torch.Tensor  # (N, T) the sampler's own log-probs, 0 where mask is false
     truncated: torch.Tensor  # (N,) bool, true for completions cut off by max_new_tokens
@@ -318,14 +321,14 @@ def sample_groups(
     rows = torch.arange(N, device=device)  # (n,) the rows that logits, cache and so on still hold
     running = torch.ones(N, dtype=torch.bool, device=device)  # (n,) which of them have no EOS yet
     for t in tqdm(range(max_new_tokens), desc="tokens", delay=5, leave=False):
-        token, token_logp = sample_token(logits, temperature, generator)  # (n,), (n,)
+        token, token_logp = sample_token(logits, temperature, generator)  # both (n,)
         completion_ids[rows, t] = token
         logp[rows, t] = token_logp
         running = running & ~torch.isin(token, eos)
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so rows leave together, an eighth of them at once.
+        # Copying the cache costs time, so ended rows leave once they are an eighth of all.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]
@@ -362,7 +365,7 @@ def sample_token(logits, temperature, generator=None):
         cdf = p.cumsum(dim=-1)
         draw = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device)
         u = cdf[:, -1:] * (1 - draw)  # (n, 1)
-        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # V where p is nan
+        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # V, out of range, if p is nan
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
@@ -394,8 +397,8 @@ def token_logprobs(
     Returns (logp, entropy), both (N, T), in nats, at least float32, 0 where mask is false. Only
     logp carries a gradient. Raises ValueError for a temperature that is not above 0.
 
-    As in sampling, each prompt goes through the model once: its keys and values, with their
-    gradients, are copied for its completions. With V = 150,000 the logits would be by far the
+    As in sampling, each of the B prompts goes through the model once: its keys and values, with
+    their gradients, are copied for its completions. With V = 150,000 the logits would be by far the
     largest tensor, so only the tokens that count reach the vocabulary head, a chunk at a time.
     """
     # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from

@@ -4,7 +4,8 @@
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct    a real model on GSM8K, on one GPU
     python train.py --resume runs/gsm8k-0                 goes on with a run that was stopped
 
-Order: 1. one step, 2. Algorithm 1. The rest may be skipped at first: 3. the supervised warm-up,
+Order: 1. one step, 2. Algorithm 1; `Batch`, `micro_batches` and `token_logprobs` stand in grpo.py,
+sections 3 and 5. The rest may be skipped at first: 3. the supervised warm-up,
 4. process supervision, 5. options, 6. the built-in model and the problems, 7. the log,
 8. checkpoints and signals, 9. the run.
 """
@@ -80,7 +81,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
     `Batch` of N = B * G completions, their texts, and numbers for the log.
     """
     G = config.group_size
-    started = time.perf_counter()
+    moments = [time.perf_counter()]
     prompt_ids, prompt_mask, samples, texts = sample_problems(
         author,
         tokenizer,
@@ -90,11 +91,11 @@ def sample_batch(author, tokenizer, problems, reward, config):
         config.temperature,
         config.rows_at_once,
     )
-    sampled = time.perf_counter()  # the texts are there, so a GPU has finished
+    moments.append(time.perf_counter())  # the texts are there, so a GPU has finished
 
-    asked = [problem for problem in problems for _ in range(G)]  # question-major, as the rows are
-    questions = [problem.question for problem in asked]
-    answers = [problem.answer for problem in asked]
+    # Question-major, as the rows are: G times the first question, then the second.
+    questions = [problem.question for problem in problems for _ in range(G)]
+    answers = [problem.answer for problem in problems for _ in range(G)]
     outcomes = ask_reward(reward, questions, texts, answers)  # N numbers
     rewards = torch.tensor(outcomes).view(-1, G)  # (B, G)
 
@@ -104,7 +105,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
         advantages = process_advantages(steps, ends, mask, G, config.scale_rewards)  # (N, T)
     elif config.advantage == "indicator":  # RFT and Online RFT: the bare reward
         advantages = rewards.view(-1, 1)  # (N, 1), for all tokens of a completion
-    else:  # section 4.1.2
+    else:
         advantages = outcome_advantages(rewards, config.scale_rewards).view(-1, 1)  # (N, 1)
 
     in_loss = samples.mask
@@ -121,17 +122,19 @@ def sample_batch(author, tokenizer, problems, reward, config):
         logp_old=samples.logp,  # the sampler's; update overwrites them
         logp_ref=torch.zeros_like(samples.logp),  # add_reference fills them in
     )
+    moments.append(time.perf_counter())
+    t_sample, t_reward = numpy.diff(moments).tolist()
     lengths = samples.mask.sum(dim=1).float()
     stats = {
         "reward": rewards.mean().item(),
         "zero_var": (advantages == 0).view(len(problems), -1).all(dim=1).float().mean().item(),
         "length": lengths.mean().item(),
         "truncated": samples.truncated.float().mean().item(),
-        "tok_s": lengths.sum().item() / (sampled - started),
-        "t_sample": sampled - started,
-        "t_reward": time.perf_counter() - sampled,
+        "tok_s": lengths.sum().item() / t_sample,
+        "t_sample": t_sample,
+        "t_reward": t_reward,
     }
-    if isinstance(reward, LearnedReward):  # what would the rule say?
+    if isinstance(reward, LearnedReward):  # compare with the rule
         right = torch.tensor(accuracy_rewards(questions, texts, answers)).view(-1, G)
         stats["right"] = right.mean().item()
         stats["agree"] = (right == rewards.round()).float().mean().item()
@@ -142,7 +145,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
 def add_reference(batch, reference, config):
     """Fill in batch.logp_ref: how likely the reference finds the tokens that were sampled."""
     for rows in micro_batches(batch, config.micro_tokens):
-        micro = batch.rows(rows)
+        micro = batch.rows(rows)  # its first four: prompt_ids, prompt_mask, completion_ids, mask
         logp, _ = token_logprobs(reference, *micro[:4], config.temperature, micro.question)
         batch.logp_ref[rows, : logp.shape[1]] = logp  # (n, t)
 
@@ -155,7 +158,8 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """
     stats = defaultdict(float)
     gaps = []
-    total_weight = batch.weights.sum().item() or 1.0  # 1, but for the aggregate "constant"
+    # The weights sum to 1, but for the aggregate "constant", or to 0 if no token counts.
+    total_weight = batch.weights.sum().item() or 1.0
     for epoch in range(config.mu):
         for rows in micro_batches(batch, config.micro_tokens):
             micro = batch.rows(rows)
@@ -167,7 +171,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
             if epoch == 0:
                 gaps.append((logp.detach() - logp_old)[micro.mask].abs())
                 stats["entropy"] += (micro.weights * entropy).sum().item() / total_weight
-            if epoch == 0 or config.sample_from == "reference":  # RFT knows no ratio
+            if epoch == 0 or config.sample_from == "reference":  # RFT has no ratio: always 1
                 # PAPER: pi_old is what we compute before the first update, not what the sampler
                 # said. The two differ by rounding, in bf16 visibly; the log calls it the gap.
                 logp_old = logp.detach()
@@ -183,8 +187,9 @@ def update(policy, optimizer, batch, config, lr, autocast):
                 config.kl_beta,
             )
             loss.backward()  # gradients of micro-batches add up, as their losses do
-            for name, value in diagnostics.items():
-                stats[name] += value / config.mu / (1 if name == "loss" else total_weight)
+            for name, value in diagnostics.items():  # the log shows means over the mu updates
+                per_token = 1.0 if name == "loss" else total_weight
+                stats[name] += value / per_token / config.mu
         norm = step_optimizer(optimizer, policy, lr, config.max_grad_norm)
         stats["grad_norm"] += norm / config.mu
     gap = torch.cat(gaps).sort().values
@@ -212,19 +217,26 @@ def step_optimizer(optimizer, model, lr, max_grad_norm):
 
 
 def train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16=False):
-    """Run Algorithm 1: iterations of steps of updates; its lines are named at the right.
+    """Run Algorithm 1: iterations contain steps, and steps contain updates. Its lines:
 
-    worked: problems with solutions, for the warm-up. held_out: {name: problems} to evaluate on.
-    log: a function that takes the row of each step, a dict. bf16: sample and compute in bf16, as
-    on a GPU. Goes on from the checkpoint in the folder `out`, if there is one. Raises SystemExit
-    after Ctrl-C or SIGTERM, with the run saved.
+     1  pi_theta <- pi_SFT                    6        pi_old <- pi_theta
+     2  for each iteration                    7-9      sample, reward, compare
+     3    pi_ref <- pi_theta                  10, 11   mu updates of pi_theta
+     4    for each step                       12     retrain the reward model
+     5      take a batch of questions
+
+    worked: problems with worked solutions, for the warm-up. held_out: {name: problems}. log: a
+    function that takes the row of each step, a dict. bf16: sample and compute in bf16, as on a
+    GPU. Goes on from the checkpoint in the folder `out`, if there is one. Raises SystemExit after
+    Ctrl-C or SIGTERM, with the run saved.
     """
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16)
-    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy.
+    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy. Without, it is
+    # the policy itself: nothing is sampled while that moves, and the batch keeps logp_old.
     pi_old = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     needed = config.kl_beta or config.sample_from == "reference"
     reference = copy.deepcopy(pi_old) if needed else None
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
     parts = {"policy": policy, "reference": reference, "optimizer": optimizer, "reward": reward}
     row = load_checkpoint(out, parts)
     started = time.time() - (row or {}).get("seconds", 0.0)
@@ -239,33 +251,33 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
     with catch_signals() as signals:
         for step in range(first, total + 1):
             set_seed(zlib.crc32(f"{config.seed} {step}".encode()))  # a resumed run draws the same
-            pi_old.load_state_dict(policy.state_dict())  # line 6: pi_old <- pi_theta
+            # Line 6. It stands here since evaluation and reference use these weights as well.
+            pi_old.load_state_dict(policy.state_dict())
             if step in (0, total) or config.eval_every and step % config.eval_every == 0:
                 row["eval"] = evaluate_all(pi_old, tokenizer, held_out, config)
-            log(row)
+            log(row)  # that of the step before, or of the checkpoint
             if step == total:
                 break
-            if step % config.steps == 0:  # line 2: an iteration begins
+            if step % config.steps == 0:  # line 2
                 if reference:
-                    reference.load_state_dict(pi_old.state_dict())  # line 3: pi_ref <- pi_theta
+                    reference.load_state_dict(pi_old.state_dict())  # line 3
                 if isinstance(reward, LearnedReward):  # line 12, and before the first iteration
                     renew_reward(reward, pi_old, tokenizer, problems, config, autocast)
 
             questions = list(itertools.islice(deck, config.questions))  # line 5
             author = reference if config.sample_from == "reference" else pi_old
-            batch, texts, sampled = sample_batch(author, tokenizer, questions, reward, config)
+            batch, texts, stats = sample_batch(author, tokenizer, questions, reward, config)
             moments = [time.perf_counter()]
             if config.kl_beta:
-                add_reference(batch, reference, config)
+                add_reference(batch, reference, config)  # on a GPU it is in bf16 already
             moments.append(time.perf_counter())
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
-            updated = update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
+            stats |= update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
             moments.append(time.perf_counter())
 
-            t_ref, t_update = numpy.diff(moments).tolist()
-            row = {"step": step + 1, "iteration": step // config.steps, **sampled, **updated}
-            row |= {"lr": lr, "t_ref": t_ref, "t_update": t_update}
-            row |= {"seconds": time.time() - started}
+            row = {"step": step + 1, "iteration": step // config.steps, **stats, "lr": lr}
+            row["t_ref"], row["t_update"] = numpy.diff(moments).tolist()
+            row["seconds"] = time.time() - started
             if config.show_every and (step + 1) % config.show_every == 0:
                 show_transcript(questions[0], texts[0], batch.advantages[0, 0])
             due = step + 1 == total or config.save_every and (step + 1) % config.save_every == 0
@@ -388,13 +400,15 @@ def rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward):
 
 def step_ends(tokenizer, ids, text, ends):
     """Return for each end, in characters, the first token up to which ids decode to text[:end]."""
-    prefixes = []
-    for n in range(len(ids) if ends else 0):
-        prefixes.append(tokenizer.decode(ids[: n + 1], skip_special_tokens=True))
     places = []
-    for end in ends:
-        whole = [n for n, prefix in enumerate(prefixes) if prefix[:end] == text[:end]]
-        places.append(whole[0])
+    n = 0
+    for end in ends:  # they rise, so n never goes back
+        while (
+            n + 1 < len(ids)
+            and tokenizer.decode(ids[: n + 1], skip_special_tokens=True)[:end] != text[:end]
+        ):
+            n += 1
+        places.append(n)
     return places
 
 
@@ -729,7 +743,7 @@ def main(argv):
         }
         (out / "run.json").write_text(json.dumps(run, indent=1))
     print(f"{policy.num_parameters():,} parameters on {device}; the run goes to {out}")
-    print("that the loss is near 0 is no bug: see grpo_loss", flush=True)
+    print("a loss near 0 is no bug: see grpo_loss", flush=True)
     log = partial(write_log, out=out, writer=SummaryWriter(out) if config.tensorboard else None)
     try:
         train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)
@@ -752,8 +766,12 @@ def choose_folder(config):
             raise InputError(f"--out {out} is a file or not empty: name another folder")
         return out
     name = f"runs/{Path(config.problems).stem}-{config.seed}"
-    free = (number for number in itertools.count(2) if not Path(f"{name}-{number}").exists())
-    return Path(f"{name}-{next(free)}" if Path(name).exists() else name)
+    out = Path(name)
+    number = 1
+    while out.exists():
+        number += 1
+        out = Path(f"{name}-{number}")
+    return out
 
 
 def summarise(config, out):
