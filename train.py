@@ -684,10 +684,12 @@ def load_checkpoint(out, parts):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged, or not of this model ({reason})") from error
     log = out / "metrics.jsonl"
-    if log.exists():  # the row of the checkpoint is logged again, after its evaluation
-        lines = log.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if json.loads(line)["step"] < saved["row"]["step"]]
-        log.write_text("".join(kept))
+    kept = []
+    for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+        with contextlib.suppress(ValueError):  # the last line may have been cut by a kill
+            if json.loads(line)["step"] < saved["row"]["step"]:  # that row is logged again
+                kept.append(line)
+    log.write_text("".join(kept))
     return saved["row"]
 
 

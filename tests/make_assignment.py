@@ -5,13 +5,14 @@
     python tests/make_assignment.py FOLDER --bug 12                     a bug of test_mutants.py
 
 The functions are those of grpo.py with a contract in tests/adapters.py. A blank one keeps its
-signature and its docstring, and raises NotImplementedError; helpers that nothing else uses go.
-Then the tests are run, here and there: those that fail there must be exactly those that call a
-blank function here. Tests that hold solutions stay behind.
+signature and docstring, and raises NotImplementedError; helpers that nothing else uses go. Then
+the tests run, here and there: those that fail there must be just those that call a blank function
+here. Tests that hold solutions stay behind, and those of the README.
 """
 
 import argparse
 import ast
+import functools
 import multiprocessing
 import os
 import shutil
@@ -23,11 +24,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
-OTHERS = ["requirements.txt", "README.md", "LICENSE", ".gitignore"]
-# They hold solutions, or test the README.
 STAY = ["make_assignment.py", "test_assignment.py", "test_mutants.py", "test_readme.py"]
 # The tests of single functions. All others train or evaluate, which needs nearly all of grpo.py.
-FILES = ["test_objective.py", "test_sampling.py", "test_reward.py"]
+FILES = ["tests/test_objective.py", "tests/test_sampling.py", "tests/test_reward.py"]
 
 
 def functions(source):
@@ -59,24 +58,23 @@ def blank(source, names):
 
 
 class Watcher:
-    """A plugin of pytest: which of the functions does each test call, and which tests fail?"""
+    """A plugin of pytest: which of some functions does each test call, and which tests fail?"""
 
-    def __init__(self, names):
-        self.names = names
+    def __init__(self):
+        self.seen = set()
         self.calls = {}
         self.failed = set()
 
-    @pytest.hookimpl(hookwrapper=True)
-    def pytest_runtest_protocol(self, item):
-        self.calls[item.nodeid] = self.seen = set()
-        sys.setprofile(self.note)
-        yield
-        sys.setprofile(None)
+    def noted(self, function):
+        @functools.wraps(function)
+        def call(*args, **options):
+            self.seen.add(function.__name__)
+            return function(*args, **options)
 
-    def note(self, frame, event, arg):
-        code = frame.f_code
-        if event == "call" and code.co_name in self.names and code.co_filename.endswith("grpo.py"):
-            self.seen.add(code.co_name)
+        return call
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.seen = self.calls[nodeid] = set()
 
     def pytest_runtest_logreport(self, report):
         if report.failed:
@@ -86,26 +84,27 @@ class Watcher:
 def watch(project, names, files):
     """Run the tests in these files of a project: ({test: calls}, tests that fail)."""
     os.chdir(project)
-    watcher = Watcher(names)
-    paths = [f"tests/{file}" for file in files]
-    if pytest.main([*paths, "-p", "no:terminal", "-p", "no:cacheprovider"], [watcher]) > 1:
-        sys.exit(f"error: in {project} pytest cannot run {', '.join(paths)}")
+    sys.path.insert(0, str(project))
+    import grpo
+
+    watcher = Watcher()
+    for name in names:
+        setattr(grpo, name, watcher.noted(getattr(grpo, name)))
+    if pytest.main([*files, "-p", "no:terminal", "-p", "no:cacheprovider"], [watcher]) > 1:
+        sys.exit(f"error: in {project} pytest cannot run {', '.join(files)}")
     return watcher.calls, watcher.failed
 
 
 def check(folder, names, files):
     """Print how many tests each function has; exit with an error unless the right ones fail."""
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        here, there = pool.map(watch, (ROOT, folder), (names, names), (files, files))
-    calls, broken = here
-    failed = there[1]
+        (calls, broken), (_, failed) = pool.map(watch, (ROOT, folder), [names] * 2, [files] * 2)
     for name in names:
         print(f"{name:<20} {sum(name in called for called in calls.values()):>4} tests call it")
     expected = {test for test, called in calls.items() if called}
     if misfits := sorted(broken | failed ^ expected):
         sys.exit(f"error: {len(misfits)} tests fail for no reason, or pass: {misfits[:5]}")
-    count = f"{len(failed)} of {len(calls)}"
-    print(f"in {folder} {count} tests fail: exactly those that call a blank function")
+    print(f"{len(failed)} of {len(calls)} tests fail there: just those that call a blank function")
 
 
 def with_bug(number):
@@ -123,8 +122,7 @@ def with_bug(number):
 def main(argv):
     source = (ROOT / "grpo.py").read_text(encoding="utf-8")
     known = ",".join(public_functions(source))
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--functions", default=known)
     parser.add_argument("--bug", type=int)
@@ -137,16 +135,14 @@ def main(argv):
     if args.folder.exists():
         sys.exit(f"error: {args.folder} exists, and nothing is overwritten: name a new folder")
     args.folder.mkdir(parents=True)
-    for name in SCRIPTS + OTHERS:
+    for name in [*SCRIPTS, "requirements.txt", "README.md", "LICENSE", ".gitignore"]:
         shutil.copy(ROOT / name, args.folder)
     (args.folder / script).write_text(text, encoding="utf-8")
     if bug:
         print(f"{args.folder} has one bug, in one place; it runs, and says nothing")
         return
-    (args.folder / "tests").mkdir()
-    for path in (ROOT / "tests").glob("*.py"):
-        if path.name not in STAY:
-            shutil.copy(path, args.folder / "tests")
+    stay = shutil.ignore_patterns("__pycache__", *STAY)
+    shutil.copytree(ROOT / "tests", args.folder / "tests", ignore=stay)
     check(args.folder.resolve(), names, FILES)
 
 

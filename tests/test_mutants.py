@@ -1,9 +1,8 @@
 """Wrong versions of this project, each a real mistake: every one must fail a test.
 
-A mistake is pinned to a function and to a piece of its syntax tree, so format and comments may
-change. Its code takes the place of the right one, tests run in this process, and a table at the
-end says which of them notice: the grading sheet of a course. The numbers of the table are those
-of the exercise "find the silent bug": make_assignment.py --bug NUMBER plants one.
+A mistake is pinned to a function and a piece of its syntax tree; format and comments may change.
+Its code takes the place of the right one, and tests run in this process. A table at the end says
+which of them notice. To plant mistake NUMBER in a copy: make_assignment.py FOLDER --bug NUMBER.
 
     python -m pytest -q -s tests/test_mutants.py
 """
@@ -13,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import re
+import sys
 from pathlib import Path
 from types import CodeType
 
@@ -24,11 +24,10 @@ import reward
 import train
 
 MODULES = {"grpo": grpo, "reward": reward, "eval": evaluation, "train": train}
-
 # [function | test file, and words for -k]
 # what is wrong: expression or statement that the function has exactly once => its replacement
 LIST = r"""
-[grpo.clipped_surrogate | objective surrogate]
+[grpo.clipped_surrogate | objective surrogate or absurd]
 no clip: ratio.clamp(1 - clip_low, 1 + clip_high) => ratio
 max in place of min where A < 0: torch.min(ratio * advantages, clipped_ratio * advantages)
     => torch.min(ratio, clipped_ratio) * advantages
@@ -50,14 +49,14 @@ KL with the wrong sign: objective - kl_beta * kl => objective + kl_beta * kl
 KL of the other direction: logp_ref - logp => logp - logp_ref
 KL without a gradient: logp_ref - logp => logp_ref - logp.detach()
 k1 as the KL loss: torch.expm1(log_ratio) - log_ratio => -log_ratio
-[grpo.token_weights | objective weight or loss]
+[grpo.token_weights | objective weights or loss]
 token mean for the mean over completions: mask.sum(dim=1, keepdim=True) => (mask.sum() / N)
 mean over the padding, too: mask.sum(dim=1, keepdim=True).clamp(min=1) => mask.shape[1]
 [grpo.grpo_loss | objective padding]
 advantages of the padding are used: advantages.expand_as(weights).masked_fill(padding, 0.0)
     => advantages.expand_as(weights)
 log-probs of the padding are multiplied by 0: logp.masked_fill(padding, 0.0) => logp
-[train.update | train does_not_depend]
+[train.update | train naive_loop and constant]
 a denominator for each micro-batch: loss.backward() => (loss / micro.weights.sum()).backward()
 [grpo.completion_mask | objective eos]
 mask by the pad value, which is EOS: is_eos.cumsum(dim=1) - is_eos == 0 => is_eos == 0
@@ -76,90 +75,77 @@ positions that count the padding: attention_mask.cumsum(dim=1)
     => torch.ones_like(attention_mask).cumsum(dim=1)
 [grpo.bf16_weights | sampling rotary]
 rotary frequencies in bf16: model.parameters() => [*model.parameters(), *model.buffers()]
-[train.update | train naive_loop and sequence]
-old log-probs computed again after an update: epoch == 0 or config.sample_from == "reference"
-    => True
-[train.sample_batch | train naive_loop and sequence or its_own_gold]
+[train.update | train naive_loop and constant]
+old log-probs renewed with each update: epoch == 0 or config.sample_from == "reference" => True
+[train.sample_batch | train naive_loop and constant or its_own_gold]
 groups in the wrong order: torch.tensor(outcomes).view(-1, G)
     => torch.tensor(outcomes).view(G, -1).T.contiguous()
-golds in the wrong order: [problem for problem in problems for _ in range(G)] => problems * G
+golds in the wrong order: [problem.answer for problem in problems for _ in range(G)]
+    => [problem.answer for problem in problems] * G
 [train.train | train reference_is_the_policy]
 the reference is updated every step: step % config.steps == 0 => True
-[train.sample_batch | train truncated]
+[train.sample_batch | train naive_loop and constant]
 truncated rows stay in the denominator: in_loss & ~samples.truncated[:, None] => in_loss
-[train.step_optimizer | train without_a_gradient]
+[train.sample_batch | train naive_loop]
+zero_var counted per completion: (advantages == 0).view(len(problems), -1).all(dim=1)
+    => (advantages == 0)
+[grpo.grpo_loss | objective loss]
+clip_share with the wrong bound: objective < unclipped => (logp - logp_old).abs() > clip_high
+clip_share over all tokens alike: (weights * clipped).sum() => clipped.float().mean()
+[train.step_optimizer | train naive_loop and lr-warmup]
 the gradient of the step before is kept: optimizer.zero_grad() => None
-[train.update | train does_not_depend]
-only the first micro-batch is used: micro_batches(batch, config.micro_tokens)
-    => micro_batches(batch, config.micro_tokens)[:1]
-[eval.build_prompt | eval exactly_one_bos]
-a second BOS: [bos, *itertools.dropwhile(lambda token: token == bos, ids)] => [bos, *ids]
-[eval.eos_token_ids | eval end_of_turn]
-the end of a turn is no EOS: ids - {None} => {tokenizer.eos_token_id}
-[grpo.grpo_loss | objective clip]
-clip_share with the wrong upper bound: ratio > 1 + clip_high => ratio > 1 + clip_low
-clip_share with the wrong lower bound: ratio < 1 - clip_low => ratio < 1 - clip_high
-[train.step_optimizer | train naive_loop and sequence]
 the gradient is not clipped: torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm)
     => torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9)
 the learning rate is not set: optimizer.param_groups[0]["lr"] = lr => pass
 [train.update | train naive_loop and constant]
+only the first micro-batch is used: micro_batches(batch, config.micro_tokens)
+    => micro_batches(batch, config.micro_tokens)[:1]
 --max-grad-norm ignored: config.max_grad_norm => 1.0
 --clip-low handed on as --clip-high: config.clip_low => config.clip_high
-kl and clip_share not divided by the weights: 1 if name == "loss" else total_weight => 1
+kl and clip_share not divided by the weights: 1.0 if name == "loss" else total_weight => 1.0
 entropy not divided by the weights: (micro.weights * entropy).sum().item() / total_weight
     => (micro.weights * entropy).sum().item()
-kl and loss summed over mu: value / config.mu => value
-grad_norm summed over mu: norm / config.mu => norm
-the log has the last micro-batch only: stats[name] += value / config.mu / (
-    1 if name == "loss" else total_weight) => stats[name] = value / config.mu
-[train.sample_batch | train naive_loop and sequence]
-zero_var counts completions, not groups: (advantages == 0).view(len(problems), -1).all(dim=1)
-    => (advantages == 0)
-[train.train | train naive_loop and token]
-the learning rate starts anew with each iteration: learning_rate(step, total, config.lr,
-    config.lr_warmup, config.lr_end) => learning_rate(
+kl and loss summed over mu: value / per_token / config.mu => value / per_token
+[train.train | train naive_loop and lr-warmup]
+the learning rate starts anew with each iteration: learning_rate(
+    step, total, config.lr, config.lr_warmup, config.lr_end) => learning_rate(
     step % config.steps, config.steps, config.lr, config.lr_warmup, config.lr_end)
-weight decay: torch.optim.AdamW(policy.parameters(), lr=config.lr, weight_decay=0.0, fused=True)
-    => torch.optim.AdamW(policy.parameters(), lr=config.lr, fused=True)
+weight decay: torch.optim.AdamW(policy.parameters(), weight_decay=0.0, fused=True)
+    => torch.optim.AdamW(policy.parameters(), fused=True)
 [train.warm_up | train warm_up]
 --max-grad-norm ignored in the warm-up: config.max_grad_norm => 1.0
 warm-up averaged per solution, not per token: token_weights(mask, "token") => token_weights(mask)
 warm-up at the temperature of sampling: 1.0 => config.temperature
-weight decay in the warm-up: torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95),
-    weight_decay=0.0) => torch.optim.AdamW(policy.parameters(), betas=(0.9, 0.95))
 [train.gather_problems | train tenth]
 the held-out tenth depends on the seed: random.Random(0) => random.Random(config.seed)
-duplicates of held-out questions are trained on: problem.question not in hidden
-    => problem not in held_out["in"]
-[train.load_checkpoint | resume]
-the log is not cut back on resume: json.loads(line)["step"] < saved["row"]["step"] => True
-[train.save_checkpoint | resume]
+duplicates of held-out ones stay: problem.question not in hidden => problem not in held_out["in"]
+[train.load_checkpoint | resume half_a_line]
+the log is not cut back on resume: log.exists() => False
+[train.save_checkpoint | resume five_steps and mu]
 the row of a checkpoint is dropped: {"row": row, "states": states}
     => {"row": {"step": row["step"], "seconds": row["seconds"]}, "states": states}
+[eval.build_prompt | eval exactly_one_bos]
+a second BOS: [bos, *itertools.dropwhile(lambda token: token == bos, ids)] => [bos, *ids]
+[eval.eos_token_ids | eval end_of_turn]
+the end of a turn is no EOS: ids - {None} => {tokenizer.eos_token_id}
 [eval.pad_rows | sampling nan]
 padding filled with the pad id: ids.where(mask, first) => ids
-[eval.report | options]
+[eval.report | options temperature-1000]
 --temperature of eval.py not passed on: options.temperature => 1.0
-[reward.LearnedReward.fit | reward_model]
-the reward model fitted without clipping: torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0)
-    => None
+[reward.LearnedReward.fit | reward_model naive_loop]
+reward fitted without clipping: torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0) => None
 """
 
-
-def read_mutants(text):
-    """Read the list above: (what is wrong, function, tests, right piece, wrong piece)."""
-    mutants = []
-    for line in re.sub(r"\n +", " ", text).strip().splitlines():
-        if line.startswith("["):
-            function, tests = line.strip("[]").split(" | ")
-        else:
-            what, pieces = line.split(": ", 1)
-            mutants.append((what, function, tests, *pieces.split(" => ")))
-    return mutants
-
-
-MUTANTS = read_mutants(LIST)
+MUTANTS = []  # (what is wrong, function, tests, right piece, wrong piece)
+for line in re.sub(r"\n +", " ", LIST).strip().splitlines():
+    if line.startswith("["):
+        function, tests = line.strip("[]").split(" | ")
+    else:
+        what, pieces = line.split(": ", 1)
+        MUTANTS.append((what, function, tests, *pieces.split(" => ")))
+# What test_options.py looks at are whole runs.
+SLOW = [number for number, mutant in enumerate(MUTANTS, 1) if mutant[2].startswith("options")]
+FAST = [number for number, mutant in enumerate(MUTANTS, 1) if number not in SLOW]
 CAUGHT = {}  # number -> the tests that failed
 
 
@@ -227,11 +213,14 @@ def run_tests(tests):
     path = Path(__file__).with_name(f"test_{file}.py")
     options = "-q --tb=line --maxfail=3 -p no:cacheprovider -p no:unraisableexception"
     failures = Failures()
+    loaded = sys.modules.pop(path.stem, None)  # what it remembers is of the right code
     pytest.main([str(path), *options.split(), "-k", words], plugins=[failures])
+    if loaded:
+        sys.modules[path.stem] = loaded
     return failures
 
 
-@pytest.mark.parametrize("number", range(1, len(MUTANTS) + 1))
+@pytest.mark.parametrize("number", FAST + [pytest.param(n, marks=pytest.mark.slow) for n in SLOW])
 def test_every_mutant_fails_a_test(number):
     what, function, tests, right, wrong = MUTANTS[number - 1]
     with mistake(function, right, wrong):
