@@ -684,12 +684,13 @@ def load_checkpoint(out, parts):
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged, or not of this model ({reason})") from error
     log = out / "metrics.jsonl"
-    kept = []
-    for line in log.read_text().splitlines(keepends=True) if log.exists() else []:
+    size = 0
+    for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
         with contextlib.suppress(ValueError):  # the last line may have been cut by a kill
             if json.loads(line)["step"] < saved["row"]["step"]:  # that row is logged again
-                kept.append(line)
-    log.write_text("".join(kept))
+                size += len(line)
+    if log.exists():
+        os.truncate(log, size)  # at once: a kill or a full disk here must not cost the log
     return saved["row"]
 
 
@@ -701,14 +702,20 @@ def catch_signals():
     def note(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the same Ctrl-C may have ended `| tee log`
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; again: at once, without saving\n")
+        for stream in (1, 2):  # the same Ctrl-C may have ended `2>&1 | tee log`, their reader
+            os.dup2(nowhere, stream)
 
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    stderr = os.dup(2)
     before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield caught
     finally:
+        os.dup2(stderr, 2)  # for the hint how to go on
+        os.close(stderr)
+        os.close(nowhere)
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -734,6 +741,7 @@ def main(argv):
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
     if learned:
         steps = config.supervision == "process"
+        set_seed(config.seed)  # its head is random
         reward = LearnedReward(policy, tokenizer, config.reward_lr, config.reward_size, steps)
     if not config.resume:  # what is wrong with the input has been found out before
         out.mkdir(parents=True, exist_ok=True)

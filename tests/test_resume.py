@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy
 import pytest
@@ -22,26 +21,25 @@ from reward import InputError, LearnedReward, step_rewards
 FLAGS = (
     "--sft-steps 8 --sft-lr 1e-2 --steps 4 --iterations 3 --save-every 3 --questions 3 --lr 1e-3 "
     "--group-size 4 --max-new-tokens 8 --eval-limit 2 --eval-samples 1 --eval-every 7 --threads 1 "
-    f"--show-every 0 --lr-warmup 0 --reward {__file__}:random_reward "
+    f"--show-every 5 --lr-warmup 0 --reward {__file__}:random_reward "
 )
-# The reward model is fitted before steps 1 and 7.
 LEARNED = "--iterations 2 --steps 6 --reward model --supervision process --reward-size 20 "
+VARIANTS = ["--mu 2 --kl-beta 0 ", LEARNED + "--max-new-tokens 12 ", "--sample-from reference "]
+# When to kill: a file exists, the log has so many lines; seconds to wait then.
+MOMENTS = [("run.json", 0, delay) for delay in (0.1, 0.3, 0.6, 0.9)]
+MOMENTS += [("checkpoint.part", lines, 0.0) for lines in (0, 3, 6, 9, 12)]
+MOMENTS += [("metrics.jsonl", lines, 0.0) for lines in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
+MOMENTS += [("sft/config.json", 0, 0.0), ("model.safetensors", 13, 0.0)]
 CALLS = []
 
 
 def random_reward(prompts, completions, answer):
-    """Draw all random numbers that a process has. In step 5, do what the variable STOP says.
-
-    It sends signals to this process, or takes the reader of its output away ("deaf"), as Ctrl-C
-    does with `python train.py 2>&1 | tee log`.
-    """
+    """Draw all random numbers that a process has; in step 5, first do what STOP says."""
     CALLS.append(prompts)
     for word in os.environ.get("STOP", "").split() if len(CALLS) == 5 else []:
-        if word == "deaf":
-            reader, writer = os.pipe()
-            os.dup2(writer, 1)
-            os.dup2(writer, 2)
-            os.close(reader)
+        if word == "deaf":  # as in `2>&1 | tee log`, where Ctrl-C ends the reader, too
+            os.write(2, b"deaf\n")
+            time.sleep(1)
         else:
             os.kill(os.getpid(), int(word))
     print("as a progress bar does", file=sys.stderr, flush=True)
@@ -80,8 +78,7 @@ def train_here(run, flags, stop=None):
     config = train.parse_config((FLAGS + flags).split())
     device, _ = pick_device("cpu", config.threads)
     policy, tokenizer = train.make_tiny_model(config.seed, device)
-    problems = load_problems("arithmetic", "out")[:20]
-    few = problems[:6]
+    sums = load_problems("arithmetic", "out")[:6]
     reward = random_reward
     if config.reward == "model":
         torch.manual_seed(run.exists())  # a run that goes on must not keep this head
@@ -94,18 +91,14 @@ def train_here(run, flags, stop=None):
             raise SystemExit
 
     bf16 = config.sample_from == "reference"
-    train.train(policy, tokenizer, problems, few, {"in": few}, reward, config, run, log, bf16)
-
-
-VARIANTS = ["--mu 2 --kl-beta 0 ", LEARNED + "--max-new-tokens 12 ", "--sample-from reference "]
+    train.train(policy, tokenizer, sums, sums, {"in": sums}, reward, config, run, log, bf16)
 
 
 @pytest.mark.parametrize("flags", VARIANTS)
 def test_five_steps_and_seven_are_twelve_steps(flags, tmp_path):
-    """Then steps 6 to 8, behind a border of iterations, are lost and done again."""
     run = tmp_path / "run"
     train_here(tmp_path / "straight", flags)
-    for stop in (5, 8):
+    for stop in (5, 8):  # then three steps are lost, and done again
         with pytest.raises(SystemExit):
             train_here(run, flags + "--save-every 5", stop)
         assert saved_step(run) == 5
@@ -120,17 +113,14 @@ def test_five_steps_and_seven_are_twelve_steps(flags, tmp_path):
 
 
 def test_a_full_disk_and_half_a_line_do_no_harm(tmp_path):
-    """The checkpoint stays, and the log is cut back by the number in each line.
-
-    A limit on the size of files takes the place of the full disk.
-    """
+    """The checkpoint stays, and the log is cut back by the number in each line."""
     parts = {"policy": torch.nn.Linear(200, 200), "reward": random_reward}  # 160 kB
     train.save_checkpoint(tmp_path, parts, {"step": 3})
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 0}\n{"step": 2}\n{"step": 3}\n{"step": 4}\n{"step": 5, "rew')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # as if the disk were full
         with pytest.raises(OSError, match="checkpoint.pt could not be written: .") as error:
             train.save_checkpoint(tmp_path, parts, {"step": 6})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
@@ -142,50 +132,44 @@ def test_a_full_disk_and_half_a_line_do_no_harm(tmp_path):
     assert sorted(os.listdir(tmp_path)) == ["checkpoint.pt", "metrics.jsonl"]
 
 
-def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_damaged_checkpoint_is_named_and_nothing_is_touched(tmp_path):
     path = tmp_path / "checkpoint.pt"
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 3}\n')
     parts = {"policy": torch.nn.Linear(2, 2)}
-    train.save_checkpoint(tmp_path, {"policy": torch.nn.Linear(2, 3)}, {"step": 3})
+    train.save_checkpoint(tmp_path, {"policy": torch.nn.Linear(2, 2, bias=False)}, {"step": 3})
     other_model = path.read_bytes()
-    code = b"cos\nmkdir\n(S'harm'\ntR."  # a pickle that makes a folder as it is loaded
+    code = f"cos\nmkdir\n(S'{tmp_path}/harm'\ntR.".encode()  # a pickle that makes a folder
     for damage in (other_model, other_model[:-100], b"", code):
         path.write_bytes(damage)
-        Path("metrics.jsonl").write_text('{"step": 3}\n')
         with pytest.raises(InputError, match=f"{path} is damaged, or not of this model"):
             train.load_checkpoint(tmp_path, parts)
         assert path.read_bytes() == damage
-        assert Path("metrics.jsonl").read_text() == '{"step": 3}\n'
-        assert sorted(os.listdir()) == ["checkpoint.pt", "metrics.jsonl"]
-
-
-# --- Processes ----------------------------------------------------------------------------------
+        assert log.read_text() == '{"step": 3}\n'
+        assert not (tmp_path / "harm").exists()
 
 
 @pytest.fixture(scope="module")
-def flags(chat_folder, story_file):
-    """Options of twelve steps of train.py, with a model and problems that are loaded at once."""
-    return [*FLAGS.split(), "--model", str(chat_folder), "--problems", str(story_file)]
-
-
-@pytest.fixture(scope="module")
-def straight(flags, tmp_path_factory):
+def straight(chat_folder, story_file, tmp_path_factory):
+    """Options of train.py, whose model and problems load at once, and the end of their run."""
+    flags = [*FLAGS.split(), "--model", str(chat_folder), "--problems", str(story_file)]
     run = tmp_path_factory.mktemp("straight") / "run"
     train.main([*flags, "--out", str(run)])
-    return run
+    return flags, run
 
 
 def start(*arguments, stop=""):
-    """Start `python train.py`; stop: what the reward does in step 5."""
     command = [sys.executable, train.__file__, *arguments]
+    if "deaf" in stop:
+        command = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | grep -qx deaf', "", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | {"STOP": stop}, **pipes)
 
 
-def test_a_signal_ends_the_step_and_saves(flags, straight, tmp_path):
+def test_a_signal_ends_the_step_and_saves(straight, tmp_path):
     """SIGTERM; Ctrl-C that ends the reader of the output, too."""
     statuses = {"15": 143, "deaf 2": 130}
-    processes = [start(*flags, "--out", tmp_path / stop, stop=stop) for stop in statuses]
+    processes = [start(*straight[0], "--out", tmp_path / stop, stop=stop) for stop in statuses]
     for process, (stop, status) in zip(processes, statuses.items(), strict=True):
         run = tmp_path / stop
         _, errors = process.communicate(timeout=120)
@@ -195,7 +179,7 @@ def test_a_signal_ends_the_step_and_saves(flags, straight, tmp_path):
             assert errors.endswith(f"\nto go on: python train.py --resume {run}\n")
         assert saved_step(run) == 5
         train.main(["--resume", str(run)])
-        assert end_of(run) == end_of(straight)
+        assert end_of(run) == end_of(straight[1])
 
 
 def kill(process, run, name, lines=0, delay=0.0):
@@ -211,51 +195,46 @@ def kill(process, run, name, lines=0, delay=0.0):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_a_run_that_is_killed_in_the_warm_up_and_as_it_saves(flags, straight, tmp_path):
+def test_a_run_that_is_killed_in_the_warm_up_and_as_it_saves(straight, tmp_path):
+    flags = straight[0] + LEARNED.split()
     run = tmp_path / "run"
-    kill(start(*flags, "--out", run), run, "run.json")
+    process = start(*flags, "--out", run)
+    assert "%" in iter(lambda: process.stderr.read(1), "")  # the bar of the warm-up
+    kill(process, run, "run.json")
     assert not (run / "checkpoint.pt").exists()  # so the warm-up begins again
     kill(start("--resume", run), run, "checkpoint.part", lines=6)
-    assert saved_step(run) in (3, 6)
     train.main(["--resume", str(run)])
-    assert end_of(run) == end_of(straight)
-
-
-MOMENTS = [("run.json", 0, delay) for delay in (0.0, 0.3, 0.6, 0.9)]
-MOMENTS += [("checkpoint.part", lines, 0.0) for lines in (0, 3, 6, 9, 12)]
-MOMENTS += [("metrics.jsonl", lines, 0.0) for lines in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
-MOMENTS += [("sft/config.json", 0, 0.0), ("model.safetensors", 13, 0.0)]
+    train.main([*flags, "--out", str(tmp_path / "straight")])
+    assert end_of(run) == end_of(tmp_path / "straight")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", [[], LEARNED.split()], ids=["rule", "learned"])
-def test_killed_at_twenty_moments(variant, flags, tmp_path):
-    train.main([*flags, *variant, "--out", str(tmp_path / "straight")])
+def test_killed_at_twenty_moments(variant, straight, tmp_path):
+    flags = straight[0] + variant
+    train.main([*flags, "--out", str(tmp_path / "straight")])
     equal = 0
     for number, moment in enumerate(MOMENTS):
         run = tmp_path / str(number)
-        kill(start(*flags, *variant, "--out", run), run, *moment)
-        process = start("--resume", run)
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+        kill(start(*flags, "--out", run), run, *moment)
+        assert start("--resume", run).wait(timeout=120) == 0
         equal += end_of(run) == end_of(tmp_path / "straight")
-    print(f"{equal} of {len(MOMENTS)} are equal")
     assert equal == len(MOMENTS) == 20
 
 
 @pytest.mark.slow
-def test_the_second_ctrl_c_ends_the_run_at_once(flags, tmp_path):
-    process = start(*flags, "--out", tmp_path / "run", stop="2 2")
-    process.communicate(timeout=120)
-    assert process.returncode == -signal.SIGINT
+def test_the_second_ctrl_c_ends_the_run_at_once(straight, tmp_path):
+    process = start(*straight[0], "--out", tmp_path / "run", stop="2 2")
+    assert process.wait(timeout=120) == -signal.SIGINT
     assert saved_step(tmp_path / "run") == 3
 
 
 def test_a_finished_run_is_left_alone(straight, capsys):
     """So is one that is to go on with other options."""
-    before = {path: path.stat().st_mtime_ns for path in straight.rglob("*")}
-    train.main(["--resume", str(straight)])
+    run = straight[1]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    train.main(["--resume", str(run)])
     assert "run has finished" in capsys.readouterr().out
     with pytest.raises(InputError, match="--temperature 0.5 contradicts the run's 1.0"):
-        train.main(["--resume", str(straight), "--temperature", "0.5"])
-    assert {path: path.stat().st_mtime_ns for path in straight.rglob("*")} == before
+        train.main(["--resume", str(run), "--temperature", "0.5"])
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
