@@ -600,7 +600,7 @@ COLUMNS = {
     "zero_var": ".2f",
     "length": ".1f",
     "truncated": ".2f",
-    "loss": ".4f",
+    "loss": "z.4f",  # z: no -0.0000
     "kl": ".4f",
     "clip_share": ".3f",
     "entropy": ".3f",
@@ -641,7 +641,8 @@ def print_columns(row):
     widths = {name: max(7, len(name)) for name in COLUMNS if name in row}
     if row["step"] % 20 == 1:
         print(*(f"{name:>{width}}" for name, width in widths.items()))
-    print(*(f"{row[name]:{width}{COLUMNS[name]}}" for name, width in widths.items()), flush=True)
+    cells = {name: format(row[name], COLUMNS[name]) for name in widths}
+    print(*(f"{cells[name]:>{width}}" for name, width in widths.items()), flush=True)
     if row["truncated"] > 0.5:
         print(f"{row['truncated']:.0%} of the completions hit the limit: raise --max-new-tokens?")
 
