@@ -10,8 +10,6 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
-# Threads that spin while they wait make a busy machine ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if os.environ.get("TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs on a GPU would not be the same to the bit
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -120,7 +120,7 @@ warm-up at the temperature of sampling: 1.0 => config.temperature
 the held-out tenth depends on the seed: random.Random(0) => random.Random(config.seed)
 duplicates of held-out ones stay: problem.question not in hidden => problem not in held_out["in"]
 [train.load_checkpoint | resume half_a_line]
-the log is not cut back on resume: log.exists() => False
+the log is not cut back on resume: os.truncate(log, size) => None
 [train.save_checkpoint | resume five_steps and mu]
 the row of a checkpoint is dropped: {"row": row, "states": states}
     => {"row": {"step": row["step"], "seconds": row["seconds"]}, "states": states}
