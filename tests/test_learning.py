@@ -1,7 +1,9 @@
 """GRPO learns, and learns nothing from shuffled rewards: bounds that hold on any CPU.
 
 Another processor or another number of threads rounds otherwise, and a run then wanders as one of
-another seed does. BOUNDS
+another seed does. Twelve runs were measured: seeds 0 to 6 with one thread, 7 to 9 with two, 0 and
+1 with four. The reward rose by 0.48 to 0.63, the accuracy in domain by 0.48 to 0.66; asked is 0.3.
+Shuffled rewards moved it by -0.04 to -0.07 in three runs of 60 steps; asked is less than 0.15.
 """
 
 import re
@@ -43,8 +45,8 @@ def learned(tmp_path_factory):
 def test_grpo_learns(learned):
     rows, _ = learned
     rewards = [row["reward"] for row in rows[1:]]
-    assert sum(rewards[-5:]) / 5 - sum(rewards[:5]) / 5 > 0.2
-    assert gain(rows) > 0.2
+    assert sum(rewards[-5:]) / 5 - sum(rewards[:5]) / 5 > 0.3
+    assert gain(rows) > 0.3
 
 
 def test_shuffled_rewards_teach_nothing(learned, tmp_path):
@@ -55,7 +57,7 @@ def test_shuffled_rewards_teach_nothing(learned, tmp_path):
     shuffled = load_reward(f"{tmp_path / 'control.py'}:shuffled")
     policy, tokenizer = evaluation.load_model(str(learned[1] / "sft"), CPU)
     rows = run(tmp_path / "run", "--sft-steps 0 --steps 15", policy, tokenizer, shuffled)
-    assert gain(rows) < 0.1
+    assert gain(rows) < 0.15
     assert sum(row["reward"] for row in rows[1:]) > 0
 
 
