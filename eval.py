@@ -151,7 +151,12 @@ def sample_problems(
             bar.update(len(ids))
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
-    return prompt_ids, prompt_mask, samples, tokenizer.batch_decode(rows, skip_special_tokens=True)
+    texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    # TRAP: some templates open the thought within the prompt. A completion that never closes it has
+    # no answer; "<think>" behind it tells the reward (test_a_thought_that_the_prompt_opened).
+    if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
+        texts = [text if "</think>" in text else text + "<think>" for text in texts]
+    return prompt_ids, prompt_mask, samples, texts
 
 
 # --- 2. Accuracy --------------------------------------------------------------------------------

@@ -1,9 +1,9 @@
-r"""Rewards for math: a rule, text in and 1.0 or 0.0 out (1 to 5), and a model that learns it (6).
+r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learns it.
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, the whole marked text is the answer, and what is not understood must be the
-same text as the gold answer. An answer is cleaned, parsed and compared. No text of a model is ever
-run as code, and the size of every text and number is bounded.
+same text as the gold answer. No text of a model is ever run as code, and the size of every text and
+number is bounded. Section 1 is all that the training loop needs; 4 is the inside of the grader.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
@@ -19,9 +19,14 @@ A percent sign is optional, unless the gold answer has one.
 >>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")
 ([True, True, True], False)
 
-A product or sum equals its value.
->>> is_equivalent(r"2 \cdot 3^2", "18"), is_equivalent("9+9", "18")
-(True, True)
+Arithmetic has to be done: where the gold answer is a plain number, a sum or product earns nothing,
+for a policy would copy the question. Fractions, powers and roots are forms of a number.
+>>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
+(False, True, True)
+
+Letters are positive numbers. A word, or a call such as f(2x), is equal to the same text only.
+>>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("on", "no")
+(True, False)
 
 Order is free in lists only.
 >>> is_equivalent("2, 1", r"\{1, 2\}"), is_equivalent("(2, 1)", "(1, 2)")
@@ -31,14 +36,14 @@ A name in front may be left out.
 >>> is_equivalent("2x+3", "y = 2x+3"), is_equivalent("x=5", "y=5")
 (True, False)
 
-A unit may be left out, too; the base of a number may not.
+A unit may be left out, too, and units are a closed list; the base of a number may not.
 >>> is_equivalent("18", "18 cm"), is_equivalent("18 cents", "18 dollars")
 (True, False)
 >>> is_equivalent("5", "101_2")
 False
 """
 
-import cmath
+import ast
 import copy
 import functools
 import math
@@ -46,10 +51,11 @@ import operator
 import random
 import re
 import runpy
+import unicodedata
 import zlib
-from dataclasses import dataclass
 from fractions import Fraction
 
+import mpmath  # comes with torch
 import torch
 
 # What follows a question, as in the prompts of the released DeepSeekMath models.
@@ -57,15 +63,15 @@ MATH_REQUEST = "Please reason step by step, and put your final answer within \\b
 MAX_ANSWER = 400  # characters of a marked text
 MAX_LENGTH = 300  # characters of an answer after the clean-up
 MAX_DEPTH = 40  # expressions within expressions
-MAX_ITEMS = 50  # items of a list
-MAX_BITS = 1000  # bits of numerator and denominator together
+MAX_ITEMS = 30  # items of a list
+MAX_BITS = 4000  # bits of a value: of numerator and denominator, or of its exponent
 
 
 class InputError(Exception):
     """Tell the user what to mend, and how. The command line prints the text as one line."""
 
 
-# --- 1. Extraction -------------------------------------------------------------------------------
+# --- 1. Extraction and rewards -------------------------------------------------------------------
 
 
 def extract_answer(completion):
@@ -88,9 +94,18 @@ def extract_answer(completion):
     elif tag:
         answer = tagged.partition("</answer>")[0]
     else:
-        _, mark, line = f"\n{completion}".rpartition("\n#### ")
-        answer = line.partition("\n")[0] if mark else ""
+        answer = _last_marked_line(completion)
     return answer.strip() if 0 < len(answer.strip()) <= MAX_ANSWER else None
+
+
+def _last_marked_line(completion):
+    """Return what follows "#### " on the last such line that has a value, else on the last one."""
+    lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
+    for line in reversed(lines):
+        expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
+        if parse(expression):
+            return line
+    return lines[-1] if lines else ""
 
 
 def _up_to_closing_brace(text):
@@ -101,359 +116,6 @@ def _up_to_closing_brace(text):
         if depth == 0:
             return text[: brace.start()]
     return ""
-
-
-# --- 2. Clean-up: one spelling for what means the same -------------------------------------------
-
-
-_CHARACTERS = {
-    **{0xFEE0 + code: code for code in range(0x21, 0x7F)},  # fullwidth forms
-    **str.maketrans("−–×·÷∈。", "--**/=."),
-    **str.maketrans({"≤": "<=", "≥": ">=", "²": "^2", "³": "^3"}),
-    **str.maketrans({"π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "±": r"\pm "}),
-    **dict.fromkeys(map(ord, "$＄£€¥￥~"), " "),
-}
-_MACROS = {" ": " "}
-for _new, _names in {
-    "": "left right displaystyle !",
-    " ": "quad qquad text mathrm mathbf boldsymbol , ; :",
-    "*": "times cdot",
-    "\\frac": "dfrac tfrac cfrac",
-    "/": "div",
-    "=": "in",  # x \in S is read as x = S
-    "<": "lt",
-    ">": "gt",
-    "<=": "le leq leqslant",
-    ">=": "ge geq geqslant",
-    "°": "circ degree",
-    "%": "%",
-}.items():
-    _MACROS |= dict.fromkeys(_names.split(), _new)
-_REWRITES = [  # in this order; most with an example
-    (r"^\\[(\[](.*)\\[)\]]$", r"\1"),  # \(18\)
-    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
-    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
-    (r"\{,\}|,\\! ?", ","),  # 1{,}000
-    (r"√ ?(\d+|\([^()]*\))", r"\\sqrt{\1}"),
-    (r"\\([A-Za-z]+|.)", lambda match: _MACROS.get(match[1], match[0])),  # \dfrac
-    (r"\^ ?(?:°|\{ ?° ?\})|°|[ ~]?\bdegrees?\b", "~"),  # 90^\circ
-    (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
-    (r"[ ~]?\b(?:percent|per cent|pct)\b", "%"),
-    (r"(\\(?!pi|end)[a-z]{2,3}) ?[({](\\?[a-z]+|\d)[)}](?! ?[\w\\({])", r"\1 \2"),  # \cot(x)
-    (r"_ ?\{[ ~]?(\w+)[ ~]?\}", r"_\1 "),  # x_{1}
-    (r"(?:\\\\ ?)?\\(begin|end)\{(?:[pbB]?matrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
-    (r",?[ ~](?:and|or)[ ~]", ", "),  # 1 and 2
-    (r"^[ ~]+|[ ~]*\.?[ ~\\]*$", ""),  # 18\$
-    (r"(?<![\d.])\d{1,3}(?: \d{3})+(?![\d /])", lambda match: match[0].replace(" ", "")),  # 10 000
-    (r"\\(frac|sqrt) ?(\d)", r"\\\1{\2}"),  # \frac12
-    (r"(\\frac\{[^{}]*\}) ?(\d)", r"\1{\2}"),  # \frac{1}2
-    (r"(?<![\w.^}])(\d+)[ ~]?(\\frac\{\d+\}\{\d+\})", r"{\1+\2}"),  # 1\frac{1}{2}
-    (r"(?<![\w.^}])(\d+)[ ~](\d+/\d+)(?![\d.])", r"{\1+\2}"),  # 1 1/2
-]
-
-
-def clean(text):
-    r"""Return one spelling for all texts that mean the same, or "" if there is no text or too much.
-
-    >>> clean(r"$\$1,234.50$."), clean(r"\dfrac12"), clean("１８ degrees"), clean(r"\left(1\right)")
-    ('1234.50', '\\frac{1}{2}', '18', '(1)')
-    """
-    if not text or len(text) > MAX_ANSWER:
-        return ""
-    text = " ".join(text.translate(_CHARACTERS).split())
-    for pattern, new in _REWRITES:
-        text = re.sub(pattern, new, text)
-    if not re.search(r"[(\[]|\\\{", text):  # (1,000) may be a point
-        thousands = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
-        text = re.sub(thousands, lambda match: match[0].replace(",", ""), text)
-    return text if len(text) <= MAX_LENGTH else ""
-
-
-# Units: their short names, where they stand, and the words that are none, since they change the
-# number in front.
-_SHORT = dict(
-    re.findall(
-        r"(\w+)=(\w*)",
-        """m=meter cm=centimeter mm=millimeter km=kilometer g=gram mg=milligram kg=kilogram
-        ml=milliliter ft=foot feet=foot lb=pound oz=ounce s=second min=minute h=hour hr=hour
-        mph=milehour per= square=2 sq=2 cubic=3 in=inch""",
-    )
-)
-_SHORT_NAMES = "|".join(name for name in _SHORT if len(name) > 1)
-_UNIT = re.compile(
-    rf"""(?<=[\d}})\]%!i])                                  # behind a number, a bracket or \pi
-    (?: ~ (?: [A-Za-z][A-Za-z .,/~]+ | [mghsLNJWVKCF] )   # \text{{...}}
-    | (?: [ ~/] [A-Za-z]{{3,}} | [ ~]? (?i: {_SHORT_NAMES} ) s? )
-      (?: [ /][A-Za-z]+ )*                                # 5 miles per hour, 5/day, 5km/h
-    | [ ~]? [一-鿿]+                                      # Chinese characters
-    ) ~? (?: \^ \{{? [23] \}}? )? $                       # cm^2""",
-    re.X,
-)
-_NO_UNIT = re.compile(
-    r"""\b (?: or|and|not?|nor|of|but|plus|minus|times|over|below|negative|never|was|half|halves
-    | thirds?|quarters?|(?:four|fif|six|seven|eigh|nin|ten|hundred|thousand)ths?|tens|dozens?
-    | hundreds?|thousands?|[a-z]+illions?|squared|cubed|factorial|choose|root|base|mod
-    | sin|cos|tan|log|pi|e|i ) \b | [百万亿十半] | 千(?![克米瓦])""",
-    re.X,
-)
-
-
-def _split_unit(text):
-    """Split "18 square inches", or "18 in^2", into ("18", "inch2").
-
-    "18 x" has no unit and gives ("18 x", ""), for a letter is a factor.
-    """
-    match = _UNIT.search(text)
-    if not match or _NO_UNIT.search(match[0].casefold()):
-        return text, ""
-    singular = re.sub(r"(?<=ch)es\b|(?<=[a-z]{2})s\b", "", match[0].casefold())
-    words = [_SHORT.get(word, word) for word in re.findall("[a-z]+|[23]|[一-鿿]+", singular)]
-    words.sort(key="23".__contains__)  # square meters are meter2; the order of other words counts
-    return text[: match.start()], "".join(words)
-
-
-def _split_name(text):
-    """Split "x=5" into ("x", "5"), and "x=5, x=6" into ("x", "5,6").
-
-    "2x = 5" is an equation and gives ("", "2x = 5").
-    """
-    name = re.match(r"(\\?[A-Za-z]+(?:_\w+|\(\w\))?|\([a-z](?:, ?[a-z])+\))[ ~]*=", text)
-    if not name:
-        return "", text
-    return name[1], re.sub(rf"(^|, ?){re.escape(name[1])}[ ~]*=", r"\1", text)
-
-
-# --- 3. The parser -------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Group:
-    r"""Hold several values of one kind.
-
-    kind: brackets as written ("(]"), "," for a list or set, "\cup", "&" and "\\", or "=".
-    """
-
-    kind: str
-    items: tuple
-
-
-def _items(value, kind):
-    """Return the items of a group of this kind; any other value is its own only item."""
-    return value.items if isinstance(value, Group) and value.kind == kind else (value,)
-
-
-def _close(a, b):
-    """Compare two values at one point of `parse`: Fractions exactly, others to 1e-10."""
-    # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
-    if Group in (type(a), type(b)) or type(a) is type(b) is Fraction:
-        return a == b
-    return cmath.isfinite(a) and cmath.isclose(a, b, rel_tol=1e-10)
-
-
-def _bits(value):
-    """Return the size of a Fraction in bits; 0 for floats, whose size is fixed, and for groups."""
-    return (value.numerator * value.denominator).bit_length() if isinstance(value, Fraction) else 0
-
-
-def _power(base, exponent):
-    """Raise to a power, exactly if the exponent is whole; odd roots of negatives are real."""
-    top, degree = exponent.as_integer_ratio() if isinstance(exponent, Fraction) else (0, 1)
-    if abs(top) * _bits(base) > MAX_BITS:
-        raise OverflowError("too large")
-    if degree % 2 and degree > 1 and not isinstance(base, complex) and base < 0:
-        return (-((-base) ** (1 / degree))) ** top
-    return base**exponent
-
-
-_BINDING = {"\\\\": 1, "&": 2, ",": 3, "=": 4, "\\cup": 5, "+": 6, "-": 6, "*": 7, "/": 7, "^": 8}
-_ARITHMETIC = {
-    "+": operator.add,
-    "-": operator.sub,
-    "*": operator.mul,
-    "/": operator.truediv,
-    "^": _power,
-}
-# The kind of a group in these brackets. "": they only hold together.
-_KINDS = {"": "", "{}": "", "\\begin\\end": "", "\\{\\}": ","}
-_KINDS |= {kind: kind for kind in ("()", "[]", "[)", "(]", "\\langle\\rangle")}
-_LETTER = (
-    r"(?:[A-Za-z]|\\(?:alpha|beta|gamma|delta|Delta|epsilon|varepsilon|theta|lambda|mu|rho|sigma"
-    r"|tau|phi|omega|ell|infty)(?![a-z]))"
-)
-_NAME = rf"{_LETTER}(?:_(?:\d+|[A-Za-z]+))?"  # x or x_1
-_NUMBER = r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?!\d))?"
-# What may follow another factor without a sign:
-_FACTOR = re.compile(rf"[({{]|\\frac|\\?sqrt|\\?pi|{_NAME}", re.A)
-_TOKEN = re.compile(
-    r"[ ~]*(\\?(?:pi|sqrt)(?![A-Za-z])|[A-Za-z]{4,}|[A-Z]{2,}"
-    rf"|{_NAME}|{_NUMBER}|\\[A-Za-z]+|\\?.|$)",
-    re.A | re.S,
-)
-
-
-def _expression(tokens, point, loosest, depth):
-    """Pop one expression; `tokens` is stored reversed. Returns its value.
-
-    Recursive descent with precedence climbing: it reads on as long as operators bind more tightly
-    than `loosest`, and computes at once, with Fractions if possible. `point` (0, 1 or 2) says which
-    numbers the letters stand for.
-    """
-    if depth > MAX_DEPTH:
-        raise ValueError("too deep")
-    if tokens[-1] in ("+", "-"):  # -x is 0 - x
-        sign = _ARITHMETIC[tokens.pop()]
-        operand = _expression(tokens, point, max(loosest, _BINDING["+"]), depth + 1)
-        value = sign(Fraction(0), operand)
-    else:
-        value = _atom(tokens, point, depth + 1)
-    while tokens[-1] in ("%", "!"):
-        if tokens.pop() == "%":
-            value = value / 100
-        else:  # the range finds 0, 1, ..., 100, and raises for anything else
-            value = Fraction(math.factorial(range(101).index(value)))
-    while True:
-        if _bits(value) > MAX_BITS:
-            raise OverflowError("too large")
-        infix = "*" if _FACTOR.fullmatch(tokens[-1]) else tokens[-1]  # 2x is 2*x
-        if _BINDING.get(infix, 0) <= loosest:
-            return value
-        if infix == tokens[-1]:
-            tokens.pop()
-        tightness = _BINDING[infix] - (infix == "^")  # 2^3^2 is 2^(3^2)
-        right = _expression(tokens, point, tightness, depth + 1)
-        if infix in _ARITHMETIC:
-            value = _ARITHMETIC[infix](value, right)
-        elif infix != "=":
-            value = Group(infix, (*_items(value, infix), right))
-        elif not _close(value, right):  # of 9+9 = 18 one side is enough
-            value = Group("=", (value - right,))
-
-
-def _atom(tokens, point, depth):
-    """Pop a number, a letter, a macro or a bracket; `tokens` is stored reversed."""
-    token = tokens.pop()
-    if re.fullmatch(_NUMBER, token, re.A) and len(token) <= 100:
-        return Fraction(token)
-    if token in ("i", "pi", "\\pi"):
-        return 1j if token == "i" else math.pi
-    if token == "\\frac":
-        return _atom(tokens, point, depth) / _atom(tokens, point, depth)
-    if token in ("\\sqrt", "sqrt"):
-        (degree,) = _atom(tokens, point, depth).items if tokens[-1] == "[" else (2,)
-        return _power(_atom(tokens, point, depth), 1 / Fraction(degree))
-    if re.fullmatch(_NAME, token, re.A):
-        # A letter, \infty too, is a fixed number: 0.5 to 1.5, negative at the last point.
-        value = 0.5 + zlib.crc32(f"{token} {point}".encode()) / 2**32
-        return -value if point == 2 else value
-    # Any other token has to open a bracket; _KINDS raises KeyError otherwise.
-    inside = _expression(tokens, point, 0, depth)
-    kind = _KINDS[token + tokens.pop()]
-    items = _items(inside, ",")
-    if not kind or kind == "()" and len(items) == 1 or getattr(inside, "kind", "") in ("&", "\\\\"):
-        return inside
-    return Group(kind, items)
-
-
-@functools.lru_cache(maxsize=1000)  # the answers of a group are compared with one gold
-def parse(text):
-    r"""Return a list, the values of a cleaned text at three points, or None if it has no value.
-
-    The letters stand for other numbers at each point.
-
-    >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
-    (Fraction(3, 4), None, None, None)
-    """
-    if re.search(r"\\pm|\\mp", text):
-        return _parse_plus_minus(text)
-    # The last token is "": a whole text is a bracket from "" to "".
-    tokens = ["", *_TOKEN.findall(text)][::-1]
-    try:
-        return [_atom(tokens.copy(), point, 0) for point in range(3)]
-    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError):
-        return None
-
-
-def _parse_plus_minus(text):
-    r"""Parse 1 \pm 2 as the list of 1 + 2 and 1 - 2; what both hold counts once."""
-    plus = parse(text.replace("\\pm", "+").replace("\\mp", "-")) or []
-    minus = parse(text.replace("\\pm", "-").replace("\\mp", "+")) or []
-    values = []
-    for upper, lower in zip(plus, minus, strict=False):  # at each point
-        first = _items(upper, ",")
-        items = list(first)
-        for value in _items(lower, ","):
-            if not any(_close(other, value) for other in first):
-                items.append(value)
-        values.append(Group(",", tuple(items)))
-    return values or None
-
-
-# --- 4. Comparison -------------------------------------------------------------------------------
-
-
-def _same(a, b):
-    """Tell whether two values, each given at the three points of `parse`, agree at all of them."""
-    kinds = {getattr(value, "kind", None) for value in (*a, *b)}
-    if kinds == {None}:
-        return all(map(_close, a, b))
-    if len(kinds) > 1 or len(a[0].items) != len(b[0].items) or len(a[0].items) > MAX_ITEMS:
-        return False
-    a = list(zip(*(group.items for group in a), strict=False))  # items, each at all points
-    b = list(zip(*(group.items for group in b), strict=False))
-    if kinds == {"="}:  # left - right, the same up to a factor
-        factors = [x / y if y else 0 for x, y in zip(a[0], b[0], strict=True)]
-        return all(factor and _close(factor, factors[0]) for factor in factors)
-    if not kinds <= {",", "\\cup"}:
-        return all(map(_same, a, b))
-    for item in a:  # in any order
-        match = next((other for other in b if _same(item, other)), None)
-        if match is None:
-            return False
-        b.remove(match)
-    return True
-
-
-@functools.lru_cache(maxsize=10_000)
-def is_equivalent(answer, gold):
-    r"""Tell whether two answers mean the same.
-
-    >>> is_equivalent(r"1\frac12", "1.5"), is_equivalent(r"\sqrt 8", r"2\sqrt{2}")
-    (True, True)
-    >>> is_equivalent("2x=4y", "x-2y=0"), is_equivalent("18", "18.0000001")
-    (True, False)
-    >>> is_equivalent("0.333", "1/3"), is_equivalent("(1,2]", "[1,2]")
-    (False, False)
-    """
-    answer = clean(answer)
-    gold = clean(gold)
-    if not answer or not gold:
-        return False
-    words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
-    if words[0] == words[1] and words[0].isalpha():
-        return True
-    answer, unit = _split_unit(answer)
-    gold, gold_unit = _split_unit(gold)
-    if unit and gold_unit and unit != gold_unit:
-        return False
-    name, value = _split_name(answer)
-    gold_name, gold_value = _split_name(gold)
-    # With the same name only what follows it counts, exactly. Otherwise y = 2x may be an equation,
-    # or the y may be left out.
-    pairs = [(answer, gold)] if name != gold_name else []
-    if name == gold_name or not name or not gold_name:
-        pairs.append((value, gold_value))
-        if "%" not in gold:  # read as a unit
-            pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
-    return any(_same_text_or_value(a, b) for a, b in pairs)
-
-
-def _same_text_or_value(a, b):
-    """Tell whether two cleaned texts are the same, but for spaces, or have the same value."""
-    same_text = _TOKEN.findall(a) == _TOKEN.findall(b)
-    return same_text or bool(parse(a) and parse(b)) and _same(parse(a), parse(b))
-
-
-# --- 5. Rewards ----------------------------------------------------------------------------------
 
 
 def accuracy_reward(completion, gold):
@@ -475,10 +137,10 @@ def accuracy_reward(completion, gold):
 def final_answer(solution):
     """Return what follows the last "#### " of a solution, as in GSM8K, or all of it without one.
 
-    >>> final_answer("48 / 2 = 24\\n#### 24"), final_answer(24), final_answer(None)
+    >>> final_answer("48 / 2 = 24\\n####24"), final_answer(24), final_answer(None)
     ('24', '24', '')
     """
-    return "" if solution is None else str(solution).rpartition("#### ")[2].strip()
+    return "" if solution is None else str(solution).rpartition("####")[2].strip()
 
 
 def accuracy_rewards(prompts, completions, answer, **kwargs):
@@ -495,46 +157,6 @@ def accuracy_rewards(prompts, completions, answer, **kwargs):
         text = completion if isinstance(completion, str) else completion[-1]["content"]
         rewards.append(accuracy_reward(text, final_answer(gold)))
     return rewards
-
-
-def step_rewards(completion):
-    r"""Return 1.0 or 0.0 for each step that can be checked: a list of (end, reward).
-
-    A step is a line or a sentence in which a calculation has a result; its end is in characters. It
-    earns 1.0 if all of its equations hold, up to rounding to the decimals shown. In an experiment
-    such a rule found a slip in 4.6% of the wrong solutions of GSM8K, with 94% precision. Process
-    supervision pays per right step, and a policy can farm that with 1+1=2.
-
-    >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
-    [(17, 1.0), (35, 1.0), (47, 0.0)]
-    """
-    rewards = []
-    for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
-        text = clean(re.sub(r"<<[^<>]*>>", "", step[0])).replace("~", " ")
-        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
-        # 3 cups + 2 cups = 5 cups
-        text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80, 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + 6). They become %,
-        # where the text is cut.
-        text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
-        checks = []
-        # Cut at words and odd signs.
-        for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):
-            sides = [side.strip() for side in chain.split("=")]  # 3*4 = 12 = 24/2
-            # A chain without a calculation on its left, such as +5 = 9, is half of one.
-            if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(parse, sides)):
-                checks += map(_holds, sides, sides[1:])
-        if checks:
-            rewards.append((step.end(), float(all(checks))))
-    return rewards
-
-
-def _holds(left, right):
-    """Tell whether left = right; * and / may be rounded to the decimals of right: 10/3 = 3.33."""
-    error = parse(left)[0] - parse(right)[0]
-    number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
-    half = Fraction(1, 2 * 10 ** len(number[1] or "")) if number and re.search("[*/]", left) else 0
-    return error == 0 or -half <= error < half
 
 
 def load_reward(name):
@@ -567,7 +189,57 @@ def ask_reward(reward, prompts, completions, answer):
     return rewards
 
 
-# --- 6. The learned reward model of Algorithm 1 --------------------------------------------------
+# --- 2. Steps ------------------------------------------------------------------------------------
+
+
+def step_rewards(completion):
+    r"""Return 1.0 or 0.0 for each step that can be checked: a list of (end, reward).
+
+    A step is a line or a sentence in which a calculation has a result; its end is in characters. It
+    earns 1.0 if all of its equations hold, up to rounding to the decimals shown. In an experiment
+    such a rule found a slip in 4.6% of the wrong solutions of GSM8K, with 94% precision. Process
+    supervision pays per right step, and a policy can farm that with 1+1=2.
+
+    >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
+    [(17, 1.0), (35, 1.0), (47, 0.0)]
+    """
+    rewards = []
+    for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
+        if "=" not in step[0]:
+            continue
+        text = re.sub(r"<<[^<>]*>>|\\?[$€£]", "", step[0]).rstrip(".;!?。")
+        text = clean(text).replace("~", " ")
+        text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
+        # 3 cups + 2 cups = 5 cups
+        text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
+        # Not checked: 25% of 80, 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + 6). They become %,
+        # where the text is cut.
+        text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
+        checks = []
+        # Cut at words and odd signs.
+        for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):
+            sides = [side.strip() for side in chain.split("=")]  # 3*4 = 12 = 24/2
+            # A chain without a calculation on its left, such as +5 = 9, is half of one.
+            if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(parse, sides)):
+                checks += map(_holds, sides, sides[1:])
+        if checks:
+            rewards.append((step.end(), float(all(checks))))
+    return rewards
+
+
+def _holds(left, right):
+    """Tell whether left = right; * and / may be rounded to the decimals of right: 10/3 = 3.33."""
+    exact = parse(left)[0]
+    shown = parse(right)[0]
+    number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
+    if exact == shown or not number or not re.search("[*/]", left):
+        return exact == shown
+    half = Fraction(1, 2 * 10 ** len(number[1] or ""))
+    error = abs(exact) - abs(shown)  # of 5/2, 3 is the rounded value, and -3 of -5/2
+    return exact * shown > 0 and -half <= error < half
+
+
+# --- 3. The learned reward model of Algorithm 1 --------------------------------------------------
 
 
 class LearnedReward(torch.nn.Module):
@@ -681,3 +353,562 @@ class LearnedReward(torch.nn.Module):
 def _last_token(spans, end):
     """Return the last token that begins before character `end`; spans: where each token stands."""
     return max(i for i, (start, stop) in enumerate(spans) if start < min(stop, end))
+
+
+# --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
+
+# A text is cleaned: other spellings of the same thing become one. Its unit and name are taken off,
+# and lists, intervals and the like are taken apart. What is left is an expression. Python's own
+# parser makes a tree of it (`ast.parse` runs nothing), and `_evaluate` computes that tree, from a
+# closed list of node kinds. Whatever is not understood is opaque: equal to the same text only.
+
+_POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
+_GREEK = (
+    "alpha beta gamma delta epsilon theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
+)
+_CHARACTERS = {
+    **{
+        ord(letter): f"\\{name} "
+        for letter, name in zip("αβγδεθκλμνξρστφχψω", _GREEK.split(), strict=True)
+    },
+    **str.maketrans("−–‐‑·⋅∙÷⁄∕∣。", "----***///|."),
+    **dict.fromkeys(map(ord, "≤⩽≦"), "<="),
+    **dict.fromkeys(map(ord, "≥⩾≧"), ">="),
+    **str.maketrans({"π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}),
+    **str.maketrans({"±": r"\pm ", "×": r"\times ", "≠": r"\ne ", "∅": r"\emptyset "}),
+    **str.maketrans({"⟨": r"\langle ", "⟩": r"\rangle ", "\u200b": "", "\ufeff": "", "`": ""}),
+    **str.maketrans({"€": "~euro~", "£": "~pound~", "¥": "~yuan~"}),
+}
+_FUNCTION_NAMES = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|exp|log(?=_|\\[)"
+_SPELLINGS = [  # in this order: a pattern, what it becomes, an example
+    (r"(\*\*|\"|')(.+)\1", r"\2"),  # **18**
+    (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 "),  # $18$
+    (r"\\\(|\\\)|^\\\[|\\\]$", " "),  # \(18\)
+    (r"\\?\$", "~dollar~"),  # \$18
+    (r"\\pounds", "~pound~"),
+    (r"\{([,:])\}", r"\1"),  # 1{,}000
+    (r",\\! ?|(?<=\d)\\,(?=\d{3})", ","),  # 1,\!000
+    (r"\{?\\over(?![a-z])", "/"),  # {1\over2}
+    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|bb)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
+    (r"\{ ?\\rm ([^{}]*)\}", r"~\1~"),
+    (r"\\(?:left|right|displaystyle|mathrm|boldsymbol|rm|!)(?![A-Za-z])", ""),  # \left(1\right)
+    (r"(?<!\\)\\(?:q?quad(?![a-z])|[,;: ])|(?<!\\)\\$", " "),
+    (r"\\[dtc]frac|\\nicefrac", r"\\frac"),  # \dfrac
+    (r"\\cdot(?![a-z])", "*"),
+    (r"(?<=[\d)}\]]) ?\\times(?![a-z])|\\times ?(?=[\d(\\])", "*"),  # 2\times x, not a\times b
+    (r"\\div(?![a-z])", "/"),
+    (r"\\(?:le|leq|leqslant)(?![a-z])", "<="),
+    (r"\\(?:ge|geq|geqslant)(?![a-z])", ">="),
+    (r"\\lt(?![a-z])", "<"),
+    (r"\\gt(?![a-z])", ">"),
+    (r"\\neq|\\not ?=|!=", r"\\ne "),
+    (r"\\in(?![a-z])", "="),  # x \in S is read as x = S
+    (r"\\varepsilon", r"\\epsilon"),
+    (r"\\varnothing|\\\{ *\\\}", r"\\emptyset"),
+    (r"\\[lr]?[vV]ert(?![a-z])", "|"),
+    (r"^\|([^|]+)\|$", r"\\abs{\1}"),  # |-5|
+    (r"\^ ?\{? ?\\circ ?\}?|\\degree|[ ~]*\bdeg(?:rees?)?\b", "°"),  # 90^\circ
+    (r"\\%|[ ~]*\b(?:percent|per cent|pct)\b|~ ?\\?% ?~", "%"),
+    (r"\b([ap])\.m\b\.?", r"\1m"),  # 5 a.m.
+    (r",?[ ~]+(?:and|or)[ ~]+", ", "),  # 1 and 2
+    (r"_ ?\{[ ~]*(\w+)[ ~]*\}", r"_\1 "),  # x_{1}
+    (r"√ ?(\d+|\([^()]*\))|\\?\bsqrt ?(\d)", r"\\sqrt{\1\2}"),  # √5
+    (r"(?<![A-Za-z\\])(?=(?:sqrt|pi)(?![A-Za-z]))", r"\\"),  # sqrt{5}
+    (rf"(?<![A-Za-z\\])[ ~]*({_FUNCTION_NAMES})(?![A-Za-z])~?", r"\\\1"),  # ln 2
+    (r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})", r"\\arc\1"),
+    (r"\\log_(\w+)", r"\\log[\1]"),  # \log_2 3
+    (r"\\((?:sin|cos|tan|cot|sec|csc) ?[({]? ?)([\d.]+) ?°", r"\\\1\\degree{\2}"),
+    (r"\\(begin|end) ?\{(?:[pbB]?matrix|smallmatrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
+    (r"\\cr(?![a-z])", r"\\\\"),
+    (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
+    (r"^[ ~=]+(?![a-z]+~)|[ ~]*(?:\.|(?<=[A-Za-z])[!:])?[ ~\\]*$", ""),
+    (r"(?<=[^°]) ?~(dollar|euro|pound|yuan)~$", r" \1"),
+    (r"(?<![\d.])\d{1,3}(?:[ ~]\d{3})+(?![\d /])", lambda match: re.sub("[ ~]", "", match[0])),
+    (r"(\\(?:frac|sqrt(?:\[\d+\])?|binom)) ?(\d|[A-Za-z](?![A-Za-z]* ?\{))", r"\1{\2}"),  # \frac12
+    (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d|[A-Za-z]|\\pi)", r"\1{\2}"),  # \frac{1}2
+    (r"\{ ?(\w+) ?\\choose ?(\w+) ?\}", r"\\binom{\1}{\2}"),  # {5 \choose 2}
+    (r"(?<=\}) (?=\{)", ""),  # \frac{1} {2}
+    (r"~(dollar|euro|pound|yuan)~ ?(-?(?:[\d.,]*\d|\\frac\{[^{}]*\}\{[^{}]*\}))", r"\2 \1"),
+    (r"(?<![\w.^}])(\d+)[ ~]*(\\frac\{\d+\}\{\d+\})", r"\\mixed{\1}{\2}"),  # 1\frac{1}{2}
+    (r"(?<![\w.^}])(\d+)[ ~]+(\d+/\d+)(?![\d.])", r"\\mixed{\1}{\2}"),  # 1 1/2
+    (r"(?<![\w.^])(\d+\.?\d*) ?\* ?10 ?\^ ?\{?(-?\d+)\}?", r"\\sci{\1}{\2}"),  # 2 * 10^3
+    (r"(\d+|(?<![A-Za-z])[A-Za-z]|\([^()]*\))!(?!!)", r"\\factorial{\1}"),
+    (
+        rf"\\({_FUNCTION_NAMES}|log\[\w+\]) ?(?![({{])"  # \sin 2x is \sin{2x}
+        r"((?: ?(?:[\d.]+|[A-Za-z](?![A-Za-z])(?:_\w+)?|\\pi(?![a-z])|\\degree\{[\d.]+\})"
+        r"|\\(?:alpha|beta|theta|phi|omega)(?![a-z]))+)",
+        r"\\\1{\2}",
+    ),
+]
+_OPAQUE = re.compile(
+    r""".*(?: : | \.\. | \\[lc]?dots | \d\.\d*\(                           # ratios, 0.(3)
+    | \{d\w?\}\{d\w\} | \bd\w?/d\w                                         # d/dx
+    | (?<![A-Za-z\\]) (?:[fghFGHP] | [A-Za-z]{2,} | \\(?:var)?phi | \\psi)
+      (?:_\w+)? (?:\^\{?-?\w+\}?)? \ ?\(                                   # f(2x)
+    | (?<![A-Za-z\\_]) [A-Za-z]{5,}                                        # words
+    ).* | [A-Za-z~ ]*[A-Za-z]{2}[A-Za-z~ ]*""",
+    re.X | re.S,
+)
+# Dates, scores, sizes: 2020-07-04, 3-1, 2*3. No number is their value.
+_SEVERAL_NUMBERS = re.compile(r"\d+(?: ?[-*] ?\d+)+|\d+/\d+/\d{2,}|\d{4}/\d+/\d+")
+
+
+def clean(text):
+    r"""Return one spelling for all texts that mean the same, or "" if there is no text or too much.
+
+    >>> clean(r"$1,234.50$."), clean(r"\dfrac12"), clean("１８"), clean(r"\left(1\right)")
+    ('1234.50', '\\frac{1}{2}', '18', '(1)')
+    """
+    if not text or len(text) > MAX_ANSWER:
+        return ""
+    text = re.sub("[⁻⁺]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+", lambda m: f"^{{{m[0].translate(_POWERS)}}}", text)
+    text = re.sub("(?=[¼-¾⅐-⅞])", " ", text)  # 2⅓ is 2 1/3
+    text = unicodedata.normalize("NFKC", text).translate(_CHARACTERS)
+    text = " ".join(text.split())
+    for pattern, new in _SPELLINGS:
+        text = re.sub(pattern, new, text)
+    if not re.search(r"[(\[]|\\\{", text):  # (1,000) may be a point
+        thousands = r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)"
+        text = re.sub(thousands, lambda match: match[0].replace(",", ""), text)
+    return text.strip() if len(text) <= MAX_LENGTH else ""
+
+
+# Units: a closed list, each with its spellings. A plural may have an s more.
+_UNITS = {}
+for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm millimetre 毫米
+kilometer km kilometre 千米 公里|decimeter dm 分米|inch in|foot ft feet|yard yd|mile mi
+square sq 平方|cubic cu 立方|hectare 公顷|acre|gram g 克
+kilogram kg 千克 公斤|milligram mg|ton tonne 吨
+pound lb|ounce oz|liter l L litre 升|milliliter ml millilitre 毫升|gallon gal|quart|pint
+second s sec 秒|minute min 分钟|hour h hr 小时|day 天 日|week 周|month 月|year yr 年
+am|pm|mile/hour mph|newton N|joule J|watt W|volt V|kelvin K|mole mol|° 度|fahrenheit F|celsius C
+radian rad|dollar|cent|euro|pence penny|yen|yuan 元|jiao 角|fen 分
+unit|people person|人|student|child children|apple|book|ball|box|card|coin|cookie|cup|egg|flower
+game|glass|item|page|piece|point|ride|slice|step|ticket|time|toy|tree|way|word
+个|只|本|支|条|张|块|件|棵|朵|岁|页|次|包|盒|袋|箱|瓶|辆|名""".replace("\n", "|").split("|"):
+    _UNITS |= dict.fromkeys(_line.split(), _line.split()[0])
+_WORDS = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+_UNIT = re.compile(
+    rf"""(?<=[\d)}}\]%!°a-z])                 # behind a value
+    (?: [ ~]* (?:(?:/|per\b|\*)[ ~]*)?
+        (?: (?<![A-Za-z]) (?i:{_WORDS})(?:e?s)?(?![A-Za-z])\.? | ° ) (?:[ ~]*\^\{{?[23]\}}?)?
+    ){{1,4}} [ ~]*$""",
+    re.X,
+)
+
+
+@functools.lru_cache(maxsize=1000)
+def _split_unit(text):
+    r"""Split "18 square inches", or "18 in^2", into ("18", "inch2"); "18 apes" has no unit.
+
+    A symbol of one letter is a unit in \text{m} only: "18 m" is a product.
+    """
+    match = _UNIT.search(text, max(0, len(text) - 60))
+    if not match:
+        return text, ""
+    words = re.findall(rf"[/23]|[A-Za-z]+|{_WORDS}", match[0])
+    names = []
+    for word in words:
+        bare = len(word) == 1 and word.isascii() and word.isalpha() and "~" not in match[0]
+        if bare and names in ([], ["/"]):
+            return text, ""
+        lower = word.casefold()
+        known = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(re.sub("e?s$", "", lower))
+        known = known or _UNITS.get(lower.removesuffix("s"))
+        power = {"square": "2", "cubic": "3"}.get(known, known or {"per": "/"}.get(lower, lower))
+        names.append(power)
+    names.sort(key="23".__contains__)  # square meters are meter2; the order of other words counts
+    return text[: match.start()].rstrip(" ~"), "".join(names)
+
+
+_NAME = r"(?:\\?[A-Za-z]+(?:_\w+|_\{[^{}]*\})?[ ~]?(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\))[ ~]*"
+
+
+def _split_name(text):
+    """Split "x=5" into ("x", "5"), and "x=5, x=6" into ("x", "5,6").
+
+    "2x = 5" is an equation and gives ("", "2x = 5").
+    """
+    name = re.match(rf"~?({_NAME})=", text)
+    if not name:
+        return "", text
+    bare = re.sub(rf"(^~?|, ?){re.escape(name[1])}=", r"\1", text)
+    return name[1].strip(" ~"), bare.strip(" ~")
+
+
+# Numbers that are no Fractions have 600 bits, and are the same if 500 of them agree.
+_MP = mpmath.MPContext()
+_MP.prec = 600
+
+
+def _real(value):
+    """Turn a Fraction into a number of 600 bits; any other value is one."""
+    return _MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
+
+
+def _apply(function):
+    """Let a function of mpmath take Fractions."""
+    return lambda *values: function(*map(_real, values))
+
+
+def _exactly(operator_):
+    """Compute with Fractions where both sides are, else with 600 bits."""
+
+    def compute(a, b):
+        if isinstance(a, Fraction) and isinstance(b, Fraction):
+            return operator_(a, b)
+        return operator_(_real(a), _real(b))
+
+    return compute
+
+
+def _power(base, exponent):
+    """Raise to a power, exactly if both are rational; odd roots of negatives are real."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        if abs(exponent.numerator) * _bits(base) > MAX_BITS:
+            raise OverflowError("too large")
+        if exponent.denominator == 1:
+            return base**exponent
+        if exponent.denominator % 2 and base < 0:
+            return (-_power(-base, Fraction(1, exponent.denominator))) ** exponent.numerator
+    return _MP.power(_real(base), _real(exponent))
+
+
+def _root(*values):
+    r"""Return \sqrt{x}, given x, or \sqrt[n]{x}, given n and x."""
+    degree, value = values if len(values) == 2 else (Fraction(2), *values)
+    return _power(value, _exactly(operator.truediv)(Fraction(1), degree))
+
+
+def _factorial(value):
+    """Return n!, and the gamma function where a letter stands for n."""
+    if abs(value) > 400:
+        raise OverflowError("too large")
+    if isinstance(value, Fraction):
+        if value.denominator > 1 or value < 0:
+            raise ValueError("not a whole number")
+        return Fraction(math.factorial(value.numerator))
+    return _MP.gamma(value + 1)
+
+
+def _binomial(n, k):
+    """Return n over k."""
+    multiply = _exactly(operator.mul)
+    rest = _factorial(_exactly(operator.sub)(n, k))
+    return _exactly(operator.truediv)(_factorial(n), multiply(_factorial(k), rest))
+
+
+_OPERATORS = {
+    ast.Add: _exactly(operator.add),
+    ast.Sub: _exactly(operator.sub),
+    ast.Mult: _exactly(operator.mul),
+    ast.Div: _exactly(operator.truediv),
+    ast.Pow: _power,
+}
+_FUNCTIONS = {
+    "frac": _exactly(operator.truediv),
+    "mixed": _exactly(operator.add),  # 1\frac{1}{2}
+    "sci": lambda a, b: a * _power(Fraction(10), b),  # 2 * 10^3
+    "sqrt": _root,
+    "abs": abs,
+    "factorial": _factorial,
+    "binom": _binomial,
+    "degree": lambda angle: _real(angle) * _MP.pi / 180,
+    "log": lambda base, value: _MP.log(_real(value), _real(base)),
+    "arcsin": _apply(_MP.asin),
+    "arccos": _apply(_MP.acos),
+    "arctan": _apply(_MP.atan),
+    **{
+        name: _apply(getattr(_MP, name))
+        for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "exp")
+    },
+}
+_CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
+_LETTERS = {*_GREEK.split(), "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega"}
+_LETTERS |= {"ell", "hbar", "infty", "zeta", "eta", "Xi", "Pi", "varphi"}
+_TOKEN = re.compile(
+    r"[ ~]*(\d+\.?\d*|\.\d+|\}\{|\\[A-Za-z]+(?:_\w+)?|[A-Za-z](?:_\w+|_\{[^{}]*\})?|\\?.|$)",
+    re.A | re.S,
+)
+
+
+def _to_python(text):
+    r"""Write a cleaned expression as Python would: 2\frac{x}{3} is "2"*frac({x},{"3"}).
+
+    Numbers are strings, since Fraction reads those exactly. {x} is a set of one item: so brackets
+    that do not belong together, as in {x), are an error of syntax. Raises ValueError.
+    """
+    if _OPAQUE.fullmatch(text):
+        raise ValueError("opaque")
+    python = []
+    after_factor = False
+    for token in filter(None, _TOKEN.findall(text)):
+        name = token.removeprefix("\\")
+        number = re.fullmatch(r"\d+\.?\d*|\.\d+", token, re.A)
+        function = name in _FUNCTIONS and token != name
+        letter = not function and (name.partition("_")[0] in _LETTERS or token[0].isalpha())
+        constant = name in _CONSTANTS
+        if after_factor and number:
+            raise ValueError("1 8, or x1")
+        if after_factor and (function or letter or constant or token in ("(", "{")):
+            python.append("*")  # 2x
+        if number:
+            python.append(f'"{token}"')
+        elif function or constant:
+            python.append(name)
+        elif letter:
+            python.append("_" + token.encode().hex())
+        elif token in _SIGNS:
+            python.append(_SIGNS[token])
+        else:
+            raise ValueError(f"{token} is not understood")
+        after_factor = bool(number or letter or constant) or token in (")", "}", "%")
+    return "".join(python)
+
+
+_SIGNS = {sign: sign for sign in "+-*/()[],"}
+_SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
+
+
+def _bits(value):
+    """Return the size of a value in bits."""
+    if isinstance(value, Fraction):
+        return (value.numerator * value.denominator).bit_length()
+    return abs(_MP.mag(value)) if value else 0
+
+
+def _evaluate(node, point, depth=0):
+    """Compute a tree. point (0, 1 or 2): which numbers from 2 to 3 the letters stand for."""
+    if depth > MAX_DEPTH:
+        raise ValueError("too deep")
+
+    def inside(child):
+        return _evaluate(child, point, depth + 1)
+
+    match node:
+        case ast.Constant(value=str(number)):
+            value = Fraction(number)
+        case ast.Name(id=name) if name in _CONSTANTS:
+            value = _CONSTANTS[name]
+        case ast.Name(id=name) if name[0] == "_":
+            value = 2 + _MP.mpf(zlib.crc32(f"{name} {point}".encode())) / 2**32
+        case ast.Set(elts=[child]) | ast.UnaryOp(op=ast.UAdd(), operand=child):
+            value = inside(child)
+        case ast.UnaryOp(op=ast.USub(), operand=child):
+            value = -inside(child)
+        case ast.BinOp(left=left, op=sign, right=right):
+            value = _OPERATORS[type(sign)](inside(left), inside(right))
+        case ast.Call(func=ast.Name(id=name), args=arguments):
+            value = _FUNCTIONS[name](*map(inside, arguments))
+        case ast.Call(func=ast.Subscript(value=ast.Name(id=name), slice=index), args=[child]):
+            value = _FUNCTIONS[name](inside(index), inside(child))
+        case _:
+            raise ValueError("not an expression")
+    if _bits(value) > MAX_BITS:
+        raise OverflowError("too large")
+    return value
+
+
+@functools.lru_cache(maxsize=1000)
+def _tree(text):
+    """Parse a cleaned expression: a tree, or None. Nothing is run."""
+    try:
+        return ast.parse(_to_python(text), mode="eval").body
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+@functools.lru_cache(maxsize=1000)  # the answers of a group are compared with one gold
+def parse(text):
+    r"""Return the values of a cleaned expression at three points, or None if it has no value.
+
+    The letters stand for other numbers at each point.
+
+    >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
+    (Fraction(3, 4), None, None, None)
+    """
+    try:
+        return [_evaluate(_tree(text), point) for point in range(3)]
+    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+        return None
+
+
+def _close(a, b):
+    """Compare two values: Fractions exactly, others to 500 bits."""
+    # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    a = _real(a)
+    b = _real(b)
+    return abs(a - b) <= _MP.ldexp(max(abs(a), abs(b)), -500)
+
+
+@functools.lru_cache(maxsize=1000)
+def _split(text, separators):
+    """Split where no bracket is open: (parts, separators found).
+
+    Raises ValueError where a bracket is closed before it was opened.
+    """
+    parts = [""]
+    found = []
+    depth = 0
+    pieces = rf"\\begin|\\end|\\langle|\\rangle|{separators}|\\.|."
+    for piece in re.findall(pieces, text, re.S):
+        if piece in ("(", "[", "{", "\\{", "\\begin", "\\langle"):
+            depth += 1
+        elif piece in (")", "]", "}", "\\}", "\\end", "\\rangle"):
+            depth -= 1
+        if depth < 0:
+            raise ValueError("closed before it was opened")
+        if depth == 0 and re.fullmatch(separators, piece):
+            parts.append("")
+            found.append(piece)
+        else:
+            parts[-1] += piece
+    return [part.strip(" ~") for part in parts], found
+
+
+@functools.lru_cache(maxsize=1000)
+def _structure(text):
+    r"""Take a cleaned text apart: (kind, items), or ("", [text]) if it is an expression.
+
+    kind: "," of a list or set, "(]" of an interval, "matrix 2", "\cup", "<".
+    """
+    if r"\pm" in text or r"\mp" in text:
+        signs = [("+", "-"), ("-", "+")]
+        texts = [text.replace(r"\pm", plus).replace(r"\mp", minus) for plus, minus in signs]
+        items = []
+        for item in [item for one in texts for item in _structure(one)[1]]:
+            if not any(_same(item, other) for other in items):
+                items.append(item)
+        return ",", items
+    matrix = re.fullmatch(r"[(\[]?\\begin (.*?)(?:\\\\ ?)?\\end ?[)\]]?", text)
+    if matrix:
+        rows = matrix[1].split("\\\\")
+        return f"matrix {len(rows)}", [item for row in rows for item in _split(row, "&")[0]]
+    for separator in (r"\\cup(?![a-z])", ","):
+        parts, found = _split(text, separator)
+        if found:
+            return found[0], parts
+    bracket = re.fullmatch(r"(\\\{|\\langle|[(\[])(.*)(\\\}|\\rangle|[)\]])", text)
+    if bracket:
+        try:
+            parts, found = _split(bracket[2], ",")
+        except ValueError:  # (1)+(2)
+            parts, found = [], []
+        if bracket[1] == "\\{" and bracket[3] == "\\}":
+            return ",", parts
+        if found and bracket[1] != "\\{" and bracket[3] != "\\}":
+            return bracket[1] + bracket[3], parts
+    parts, found = _split(text, r"<=|>=|<|>|\\ne(?![a-z])")
+    if found and all(sign[0] == ">" for sign in found):  # x > 5 is 5 < x
+        found = [sign.replace(">", "<") for sign in found[::-1]]
+        parts = parts[::-1]
+    return "".join(found), parts
+
+
+def _same(a, b):
+    """Tell whether two cleaned texts are the same text, or have the same parts or value."""
+    bare = [re.sub(r"(?<!\d)[ ~]+|[ ~]+(?!\d)", "", text) for text in (a, b)]
+    if bare[0] == bare[1]:
+        return True
+    kind, items = _structure(a)
+    other_kind, others = _structure(b)
+    if kind != other_kind or len(items) != len(others) or len(items) > MAX_ITEMS:
+        return False
+    if not kind:
+        return _same_value(a, b)
+    if kind not in (",", "\\cup"):
+        return all(map(_same, items, others))
+    others = list(others)
+    for item in items:  # in any order
+        match = next((other for other in others if _same(item, other)), None)
+        if match is None:
+            return False
+        others.remove(match)
+    return True
+
+
+def _same_value(a, b):
+    """Tell whether two expressions or equations have the same value; b is the gold one."""
+    a, unit = _split_unit(a)
+    b, gold_unit = _split_unit(b)
+    if unit and gold_unit and unit != gold_unit:
+        return False
+    if _SEVERAL_NUMBERS.fullmatch(a) or _SEVERAL_NUMBERS.fullmatch(b):
+        return False
+    sides, _ = _split(a, "=")
+    gold_sides, _ = _split(b, "=")
+    if len(sides) == len(gold_sides) == 2:
+        if sides[0] == gold_sides[0] and re.fullmatch(_NAME, sides[0]):
+            return _same(sides[1], gold_sides[1])
+        x, y = (parse(f"({left})-({right})") for left, right in (sides, gold_sides))
+        factors = [p / q if q else 0 for p, q in zip(*_reals(x, y), strict=True)] if x and y else []
+        return bool(factors) and all(f and _close(f, factors[0]) for f in factors)
+    values = [parse(side) for side in (*sides, *gold_sides)]
+    if not all(values) or not all(all(map(_close, value, values[0])) for value in values):
+        return False  # of 9+9 = 18 all sides must be equal
+    # Arithmetic that was not done earns nothing: a policy would copy the question.
+    return not _is_number(b) or not all(map(_is_undone, sides))
+
+
+def _reals(*values):
+    """Turn the Fractions of several lists into numbers of 600 bits."""
+    return [list(map(_real, value)) for value in values]
+
+
+def _is_undone(text):
+    """Tell whether something is left to add or multiply: 9+9, not 36/2 or 2^3."""
+    undone = (ast.Add, ast.Sub, ast.Mult)
+    return any(isinstance(node, undone) for node in ast.walk(_tree(text)))
+
+
+def _is_number(text):
+    """Tell whether an expression is a plain number: 18, 0.5, 1/2, 1 1/2, 50%, 2e3."""
+    bare = re.sub(r"\\(?:frac|mixed|sci)", "", text)
+    return bool(re.fullmatch(r"[-+\d./{}() %]+", bare)) and not _is_undone(text)
+
+
+@functools.lru_cache(maxsize=10_000)
+def is_equivalent(answer, gold):
+    r"""Tell whether two answers mean the same.
+
+    >>> is_equivalent(r"1\frac12", "1.5"), is_equivalent(r"\sqrt 8", r"2\sqrt{2}")
+    (True, True)
+    >>> is_equivalent("2x=4y", "x-2y=0"), is_equivalent("18", "18.0000001")
+    (True, False)
+    >>> is_equivalent("0.333", "1/3"), is_equivalent("(1,2]", "[1,2]")
+    (False, False)
+    """
+    answer = clean(answer)
+    gold = clean(gold)
+    if not answer or not gold:
+        return False
+    words = [
+        re.sub(r"^\(([A-Za-z])\)$|[ ~.']|\b-\b", r"\1", text).casefold() for text in (answer, gold)
+    ]
+    if words[0] == words[1] and words[0].isalpha():
+        return True
+    lone_e = r"(?<![A-Za-z])e(?![A-Za-z]|[-+]?\d)|(?<![\d.])e"
+    if not re.search(lone_e, re.sub("[A-Za-z]{2,}", "", answer + "|" + gold)):
+        scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
+        answer = re.sub(scientific, r"\\sci{\1}{\2}", answer)  # 2e3, but not beside e^2
+        gold = re.sub(scientific, r"\\sci{\1}{\2}", gold)
+    try:
+        return _same_answer(answer, gold)
+    except ValueError:  # brackets that do not match
+        return False
+
+
+def _same_answer(answer, gold):
+    """Compare two cleaned texts as they are, and without name or percent sign."""
+    name, value = _split_name(answer)
+    gold_name, gold_value = _split_name(gold)
+    # With the same name only what follows it counts, exactly. Otherwise y = 2x may be an equation,
+    # or the y may be left out.
+    pairs = [(answer, gold)] if name != gold_name else []
+    if name == gold_name or not name or not gold_name:
+        pairs.append((value, gold_value))
+        if "%" not in gold and not _split_unit(gold)[1]:  # read as a unit
+            pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
+    return any(_same(*pair) for pair in pairs)

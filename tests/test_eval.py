@@ -11,13 +11,13 @@ from statistics import fmean, stdev
 import pytest
 import torch
 import transformers
-from helpers import CHAT_TEMPLATE
+from helpers import CHAT_TEMPLATE, make_chat_model
 from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
 import train
 from eval import Problem, load_model, load_problems
-from reward import MATH_REQUEST, InputError
+from reward import MATH_REQUEST, InputError, extract_answer
 
 CPU = torch.device("cpu")
 
@@ -338,3 +338,15 @@ def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys
     longest = len(evaluation.build_prompt(tokenizer, problems[2]))
     for limit, count in ((1024 - longest, 2), (1025 - longest, 1)):
         assert len(evaluation.drop_long_problems(model, tokenizer, problems, limit)) == count
+
+
+def test_a_thought_that_the_prompt_opened(tmp_path):
+    """A completion that does not close it says so; where the prompt opens none, nothing changes."""
+    for opened in ("", "<think>\n"):
+        template = CHAT_TEMPLATE + opened
+        path = make_chat_model(tmp_path / f"model{len(opened)}", chat_template=template)
+        model, tokenizer = load_model(str(path), CPU)
+        asked = [Problem("1+1?", "2")]
+        *_, texts = evaluation.sample_problems(model, tokenizer, asked, 2, 6, 0.0)
+        assert all(text.endswith("<think>") == bool(opened) for text in texts)
+    assert extract_answer(r"\boxed{2} and so<think>") is None

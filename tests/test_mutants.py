@@ -132,6 +132,15 @@ the end of a turn is no EOS: ids - {None} => {tokenizer.eos_token_id}
 padding filled with the pad id: ids.where(mask, first) => ids
 [eval.report | options temperature-1000]
 --temperature of eval.py not passed on: options.temperature => 1.0
+[reward._same_value | reward equal or different or copying
+arithmetic that was not done is paid: not _is_number(b) => True
+a unit against another unit is paid: unit != gold_unit => False
+[reward._evaluate | reward equal or different
+all letters are the same number: f"{name} {point}" => f"{point}"
+[reward._close | reward equal or different or exact
+numbers compared as floats: -500 => -40
+[reward._to_python | reward equal or different
+opaque texts are computed: _OPAQUE.fullmatch(text) => None
 [reward.LearnedReward.fit | reward_model naive_loop]
 reward fitted without clipping: torch.nn.utils.clip_grad_norm_(self.parameters(), 1.0) => None
 """

@@ -21,6 +21,7 @@ from adapters import accuracy_reward, accuracy_rewards, clean, extract_answer, i
 from helpers import make_chat_model
 
 import reward
+from eval import make_arithmetic
 
 
 def each_line(table):
@@ -51,7 +52,7 @@ boxes: \boxed{18}.|\boxed{ 18 }|\boxed {18}|\boxed⏎{18}|\fbox{18}|\boxed{\boxe
 \boxed{\left\{1,2\right.}|\left\{1,2\right. ; \boxed{3} #### 4|3
 tags: <answer> 18 </answer>|18 ; <answer>1</answer> <answer>2</answer>|2
 <answer>1</answer> <answer>2|<answer>1</answer></answer>|1 ; <answer>7</answer>⏎#### 8|7
-lines: first⏎#### 18|18 ; #### 18⏎then⏎#### 1,000⏎|1,000
+lines: first⏎#### 18|18 ; #### 18⏎#### Explanation:|18 ; #### yes|yes ; #### 18⏎then⏎#### 1,000⏎|1,000
 thoughts: <think>\boxed{1}</think> \boxed{2}|2 ; a</think>b</think>\boxed{3}|3
 """
 UNMARKED = r"""18|The answer is 18.|x #### 5|####5|\boxed{18|\boxed{1} \boxed{2|\boxed{}
@@ -81,23 +82,27 @@ numbers: 18|018|+18|18.|18.0|18 ; -18|- 18|-18 ; -0|0 ; 1,000|1{,}000|1\,000|100
 12345678901234567890123|12345678901234567890123 ; 10,\!080|10080 ; 11,\! 111,\! 100|11111100
 1 000 000|1000000 ; 1,234.5|1234.5 ; \frac{1,000}{3}|1000/3 ; \sqrt{1,000}|10\sqrt{10}
 spelling: $1,234,567.50$|1234567.5 ; $18|\$18|€18|$\$18$|18$|18\$|18 ; £18.50|18.5 ; -\$5|-5 ; \!7|7
-\left(3\right)|(3) ; \(18\)|\[ 18 \]|$18$|１８|\mathbf{18}|2\;\cdot\;9|18 ; −18|-18 ; x²+x³|x^3+x^2
-\boldsymbol{\frac{1}{2}}|\displaystyle\frac12|0.5 ; \{1,\,2\}|\{1,2\} ; 2×9|2·9|36÷2|18 ; –3|-3
-(1,2)∪(3,4)|(3,4)\cup(1,2) ; x∈[1,2]|[1,2] ; 1±2|3,-1 ; 1 ≤ x|1 \le x ; √10|√(10)|\sqrt{10}
+\left(3\right)|(3) ; \(18\)|\[ 18 \]|$18$|１８|\mathbf{18}|18 ; 2\;\cdot\;x|2x
+−18|-18 ; x²+x³|x^3+x^2
+\boldsymbol{\frac{1}{2}}|\displaystyle\frac12|0.5 ; \{1,\,2\}|\{1,2\} ; 2×x|2·x|2x ; 36÷2|18 ; –3|-3
+(1,2)∪(3,4)|(3,4)\cup(1,2) ; x∈[1,2]|[1,2] ; 1 ≤ x|1 \le x ; √10|√(10)|\sqrt{10}
 fractions: 0.5|2/4|1/2 ; .5|\frac{1}{2}|\frac12|\frac 1 2|\frac {1} {2}|0.5 ; \tfrac{-1}{2}|-1/2
 \dfrac{1}{2}|\frac{1}{2} ; -\frac{1}{2}|\cfrac{1}{-2}|-0.5 ; 0.1|1/10 ; \frac1{72}|1/72 ; 36/2/1|18
 \frac{9}4|2.25 ; \frac{\frac{1}{2}}{3}|1/6 ; 1\frac{4}{5}|9/5 ; 1\frac45|1.8 ; 137 \frac{1}{2}|137.5
-1 1/2|1.5 ; -1\frac12|-1.5 ; 5-1\frac12|3.5
+1 1/2|1.5 ; -1\frac12|-1.5 ; x-1\frac12|x-3/2
 percent: 50%|50\text{ percent}|0.5 ; 50\%|0.5|50 percent|50% ; 50%|1/2 ; 50%|x = 50%|50
 18 percent|18 ; 12.5 %|12.5\%
-arithmetic: 1e9|1000000000 ; 1.5 \times 10^3|1500 ; 6e-5|6 \cdot 10^{-5} ; 2E3|2000 ; 2(3+4)|14
-9+9|2 \cdot 3^2|9+9=18|18 ; 2^{10}|2^10|1024 ; -3^2|-9 ; (-3)^2|9 ; 2^-3|0.125 ; 2^{3^2}|2^3^2|512
-5!|120 ; 3 \times 4 \div 2|6 ; 2-3-4|-5 ; \frac{\tau}{2}|\tau/2
+arithmetic: 1e9|1000000000 ; 1.5 \times 10^3|1500 ; 6e-5|6 \cdot 10^{-5} ; 2E3|2000 ; 2(x+4)|2x+8
+9+9=18|18 = 9+9|18 ; 2^{10}|2^10|1024 ; -3^2|-9 ; (-3)^2|9 ; 2^-3|0.125 ; 2^{3^2}|2^3^2|512
+5!|120 ; x-3-4|x-7 ; 2e-1|2e - 1 ; -1+\exp(16)|e^{16}-1 ; \frac{10!}{8!}|90 ; \frac{\tau}{2}|\tau/2
 letters: \sqrt{2}|\sqrt2|√2|\sqrt{2} ; \sqrt{12}|2\sqrt{3} ; \sqrt{16}|4 ; \sqrt[3]{-8}|-2 ; 2π|2\pi
 \frac{\sqrt{2}}{2}|\frac{1}{\sqrt2} ; \sqrt[3]{16}|2\sqrt[3]{2} ; 2^{1/3}|\sqrt[3]{2} ; 4i+3|3+4i
 \sqrt{5}+\sqrt 2|\sqrt{2}+\sqrt{5} ; \frac94\pi|\frac{9\pi}{4} ; i^2|-1 ; \sqrt{-4}|2i ; 1+x|x+1
 (x+1)^2|x^2+2x+1 ; x*2|2x ; ba^2|a^{2}b ; \frac{x+2}{7}|\frac{x}{7}+\frac{2}{7} ; x_{1}+1|1+x_1
-2\theta|\theta+\theta ; 1-\frac{1}{\mathrm e}|1-\frac1e ; x/2|\frac12 x ; xy|yx
+2\theta|\theta+\theta ; 1-\frac{1}{\mathrm e}|1-\frac1e ; x/2|\frac12 x ; 2xy|2yx
+\sqrt{x^3}|x\sqrt{x} ; abc+1|1+cab ; x^{1/2}|\sqrt x
+functions: \sin 30^\circ|0.5 ; \ln 2+\ln 5|\ln 10 ; \log_2 8|3 ; \log_{10}1000|3 ; \arctan 1|\pi/4
+\ln(10)|ln 10|\ln{10} ; \sin(2x)|\sin 2x ; \binom{5}{2}|{5 \choose 2}|10 ; e^{i\pi/2}|i
 brackets: (1,2)|( 1, 2 ) ; \left(1,\frac12\right]|(1, 0.5] ; [1,\infty)|[1,∞) ; (1,234)|(1, 234)
 (-\infty,2)\cup(3,\infty)|(3,+\infty)\cup(-\infty,2) ; \langle 1,2\rangle|\langle1, 2\rangle
 \left( 3, \frac{\pi}{2} \right)|(3, 0.5π) ; (1,2),(3,4)|(3,4),(1,2) ; 1, 2|2,1 ; 1 and 2|1, 2
@@ -144,8 +149,15 @@ brackets: (2,1)|\{1,2\}|(1,2|(1,2}|(1,2) ; (1,2)|[1,2] ; (1,2]|[1,2) ; (1,2)|1,1
 x<5|x>5 ; x<5|y<5 ; 1<x>3|3>x<1|(1,3) ; 7 years and 3 months|7 ; 10^{240}*10^{240}|\pi
 \begin{pmatrix}1\\2\end{pmatrix}|\begin{pmatrix}1&2\end{pmatrix}
 \begin{pmatrix}1&2\\3&4\end{pmatrix}|\begin{pmatrix}1&3\\2&4\end{pmatrix}
+done: 9+9|2*9|2(3+6)|7+5-4+10|18 ; 0.25+0.25|1/2 ; 3+\frac12|3.5 ; 1 \pm 2|3,-1
+opaque: on|no ; 2ln(4)|ln(8) ; f(2x)|2f(x) ; \phi(3n)|3\phi(n) ; 0.(3)|0 ; 2020-07-04|2020-04-07
+2020-07-04|2009 ; tab|bat ; 3-1|2 ; 2:4|1:2 ; 1/0|0/0 ; \frac{d}{dx}x^3|x^2 ; f\circ g|g\circ f
+a\times b|b\times a ; 5 lakh|5 qwe|5 more than x|5 tan x|5 ; 2\times 3|6 ; 6!!|720
+1, 2, \ldots|1, 2
+money: €50|50 cents|50 yen|\$50 ; 5^\circ|\$5|5 hours|5\%|5 cm
+near: \pi+10^{-20}|\pi ; \sqrt{10^{30}+1}|10^{15} ; 10^{-30}x+1|1 ; 1-x^{90}|1-x^{91} ; 1/30!|1/31!
 letters: \sqrt{2}|2 ; \sqrt{2}|-\sqrt{2} ; 2\sqrt3|\sqrt{6} ; \pi|3.14 ; i|-i ; 2\pi|\pi ; x^2|x^3
-\sqrt{x^2}|x ; x+y|x-y ; a/b|b/a ; x_1|x_2 ; x_{12}|x_{1}2 ; \infty|-\infty ; 2^3|9 ; 18!|18
+\sqrt{x^2}|-x ; x+y|x-y ; a/b|b/a ; x_1|x_2 ; x_{12}|x_{1}2 ; \infty|-\infty ; 2^3|9 ; 18!|18
 names: x=5|y=5 ; 2x+3|y=2x+4 ; x=2y+3|y=2x+3 ; 2x+3y=6|2x+3y=7 ; x^3+x=0|x=0 ; x=1|x=1, y=2|1,2
 words: Yes|No ; (A)|(B) ; A or B|A ; ACB|ABC ; silent|listen ; \text{none}|0 ; 52_8|52_9 ; 52_8|52
 42|52_8 ; \tan x|\cot x ; x=\log_2 3|\log_2 5 ; \ln(2)x|\ln 2x
@@ -156,7 +168,7 @@ words: Yes|No ; (A)|(B) ; A or B|A ; ACB|ABC ; silent|listen ; \text{none}|0 ; 5
 def test_equal_answers(line):
     for answer, gold in read_pairs(line):
         assert accuracy_reward(boxed(answer), gold) == 1.0, (answer, gold)
-        if "%" not in line:  # everything else has no direction
+        if "%" not in line:  # all else has no direction
             assert accuracy_reward(boxed(gold), answer) == 1.0, (gold, answer)
 
 
@@ -164,14 +176,25 @@ def test_equal_answers(line):
 def test_different_answers(line):
     for answer, gold in read_pairs(line):
         assert is_equivalent(answer, gold) is False, (answer, gold)
-        if "%" not in line:
+        if "%" not in line and not line.startswith("done"):
             assert is_equivalent(gold, answer) is False, (gold, answer)
+
+
+def test_copying_the_question_earns_nothing():
+    """The policy could learn to copy: 7+5-4 has the value that is asked for."""
+    problems = [*make_arithmetic("in"), *make_arithmetic("out")][:1000]
+    for problem in problems:
+        expression = re.search(r"[-+*/() \d]*\d[-+*/() \d]*", problem.question)[0].strip()
+        assert re.search("[-+*]", expression), problem.question
+        for text in (problem.question, expression, f"({expression})", f"x={expression}"):
+            assert accuracy_reward(boxed(text), problem.answer) == 0.0, text
+    assert len(problems) == 1000
 
 
 def test_numbers_are_exact():
     assert parse("0.1+0.2") == parse("0.3") == [Fraction(3, 10)] * 3
     assert parse("9007199254740993") != parse("9007199254740992")  # equal as floats
-    assert parse("1" * 101) is parse("1e9999") is parse("1/0") is None
+    assert parse("10^{2000}") is parse("1e9999") is parse("1/0") is None
 
 
 def test_what_does_not_parse_is_matched_by_its_text():
@@ -280,7 +303,6 @@ def test_restyled_answers_are_right_and_near_misses_are_not():
 
 def test_no_answer_is_taken_for_another():
     answers = sorted(set(some_answers(count=6)))
-    assert [parse(clean(answer)) for answer in answers].count(None) <= len(answers) / 10
     # 5 may equal 5\text{ cm}, 5^\circ, x = 5 or 5\%, which are alike without their decorations.
     bare = [re.sub(r"\\text\{ cm\}|\^\\circ|x = |\\%|\\\$|0$", "", answer) for answer in answers]
     for i, answer in enumerate(answers):
@@ -315,22 +337,29 @@ def hostile_text(rng, kind):
     return rng.choice(pieces) * rng.choice((1, 5, 50, 200, 400))
 
 
+def forget():
+    """Empty the caches of the grader."""
+    for function in vars(reward).values():
+        if hasattr(function, "cache_clear"):
+            function.cache_clear()
+
+
 def cpu_seconds(function, *arguments):
     """Return the least CPU time of three fresh calls: another process may disturb one of them."""
     times = []
     while len(times) < 3 and min(times, default=1.0) > 0.02:
-        reward.parse.cache_clear()
-        reward.is_equivalent.cache_clear()
+        forget()
         started = time.process_time()
         function(*arguments)
         times.append(time.process_time() - started)
     return min(times)
 
 
-def test_fuzzed_text_never_raises_never_hangs_and_earns_zero_or_one():
-    rng = random.Random(0)
+@pytest.mark.parametrize("count", [4_000, pytest.param(20_000, marks=pytest.mark.slow)])
+def test_fuzzed_text_never_raises_never_hangs_and_earns_zero_or_one(count):
+    rng = random.Random(count)
     golds = re.split(r"\|| ; |\n", EQUAL)
-    for number in range(5_000):
+    for number in range(count):
         text = hostile_text(rng, number % 8)
         gold = text if rng.random() < 0.3 else rng.choice(golds)
         completion = boxed(text) if rng.random() < 0.8 else text
@@ -360,7 +389,7 @@ def test_hostile_text_earns_nothing_and_takes_no_time():
 
 
 def test_comparing_takes_little_time():
-    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW"
+    letters = "abcdefghijklmnopqrstuvwxyzABCD"
     pairs = [(",".join(letters), ",".join(reversed(letters)))]
     texts = ["x" * 298, "1=" * 141, r"\pm x+" * 49, "x," * 149, "(" * 38 + "1" + ")" * 38 + "+"]
     texts.append("".join(rf"\frac{{1}}{{{p}}}+" for p in range(10007, 10043, 2)))
@@ -374,8 +403,8 @@ def test_lists_and_depth_are_bounded():
     items = [f"{n}" for n in range(reward.MAX_ITEMS + 1)]
     assert is_equivalent(",".join(items[:-1]), ",".join(reversed(items[:-1])))
     assert not is_equivalent(",".join(items), ",".join(reversed(items)))
-    assert parse("(" * 20 + "1" + ")" * 20)
-    assert parse("(" * 60 + "1" + ")" * 60) is None
+    assert parse(r"\sqrt{" * 10 + "1" + "}" * 10)
+    assert parse(r"\sqrt{" * 60 + "1" + "}" * 60) is None
 
 
 # --- Rewards ------------------------------------------------------------------------------------
@@ -454,7 +483,7 @@ STEPS = r"""
 3 + 4 = 14/2 = 7✓|3 + 4 = 14/2 = 8✗|5 - 8 = -3✓|-3+9-4=2✓|-3+9-4=5✗|- 5 + 5 = 10|5 x .75 = 3.75✓
 3 cups + 2 cups = 6 cups✗|1 hour + 30 minutes = 90 minutes|4 apples * $2 + $5 = $13|3:30 + 45 = 4:15
 30% * $2000 + $2000 = $2600|\frac{1}{2} (4 + 6) = 5|25% of 80 + 20 = 40|19 / 4 = 4 remainder 3|5 = 5
-2/3 = .667✓|2.4 + 3 = 5✗|5 - 8 = 3✗|10/4 = 2.5✓|2/3 = 0.67✓|2/3 = 0.66✗|200/3 = 67✓|7/2 = 4✓|1/0 = 5
+2/3 = .667✓|2.4 + 3 = 5✗|5 - 8 = 3✗|10/4 = 2.5✓|2/3 = 0.67✓|2/3 = 0.66✗|1/3 = 0✗|-5/2 = -3✓|5/2 = 3✓|200/3 = 67✓|7/2 = 4✓|1/0 = 5
 7/2 = 3✗|0.1 + 0.2 = 0.3✓|2x + 3 = 7|x = 3 + 4 = 7|1 + 1 = 2 + x|5 + 3 = 8x|f(3) + 2 = 5|x - 3 = 5
 40 marbles - 3 - 5 = 32|50% * 20 = 10|9^9+1=2|2 + 2 =|= 2 + 2|一共3+4=8个。✗2+2=4。✓
 First 3 * 4 = 12.✓ Then we know 3.5 + 1 = 4.5!✓  ⏎⏎So⏎4 + 4 = 8✓
