@@ -18,7 +18,7 @@ from pathlib import Path
 import adapters
 import pytest
 from adapters import accuracy_reward, accuracy_rewards, clean, extract_answer, is_equivalent, parse
-from helpers import make_chat_model
+from helpers import forget, make_chat_model
 
 import reward
 from eval import make_arithmetic
@@ -52,7 +52,8 @@ boxes: \boxed{18}.|\boxed{ 18 }|\boxed {18}|\boxed⏎{18}|\fbox{18}|\boxed{\boxe
 \boxed{\left\{1,2\right.}|\left\{1,2\right. ; \boxed{3} #### 4|3
 tags: <answer> 18 </answer>|18 ; <answer>1</answer> <answer>2</answer>|2
 <answer>1</answer> <answer>2|<answer>1</answer></answer>|1 ; <answer>7</answer>⏎#### 8|7
-lines: first⏎#### 18|18 ; #### 18⏎#### Explanation:|18 ; #### yes|yes ; #### 18⏎then⏎#### 1,000⏎|1,000
+lines: first⏎#### 18|18
+#### 18⏎#### Explanation:|18 ; #### yes|yes ; #### 18⏎then⏎#### 1,000⏎|1,000
 thoughts: <think>\boxed{1}</think> \boxed{2}|2 ; a</think>b</think>\boxed{3}|3
 """
 UNMARKED = r"""18|The answer is 18.|x #### 5|####5|\boxed{18|\boxed{1} \boxed{2|\boxed{}
@@ -337,13 +338,6 @@ def hostile_text(rng, kind):
     return rng.choice(pieces) * rng.choice((1, 5, 50, 200, 400))
 
 
-def forget():
-    """Empty the caches of the grader."""
-    for function in vars(reward).values():
-        if hasattr(function, "cache_clear"):
-            function.cache_clear()
-
-
 def cpu_seconds(function, *arguments):
     """Return the least CPU time of three fresh calls: another process may disturb one of them."""
     times = []
@@ -483,7 +477,8 @@ STEPS = r"""
 3 + 4 = 14/2 = 7✓|3 + 4 = 14/2 = 8✗|5 - 8 = -3✓|-3+9-4=2✓|-3+9-4=5✗|- 5 + 5 = 10|5 x .75 = 3.75✓
 3 cups + 2 cups = 6 cups✗|1 hour + 30 minutes = 90 minutes|4 apples * $2 + $5 = $13|3:30 + 45 = 4:15
 30% * $2000 + $2000 = $2600|\frac{1}{2} (4 + 6) = 5|25% of 80 + 20 = 40|19 / 4 = 4 remainder 3|5 = 5
-2/3 = .667✓|2.4 + 3 = 5✗|5 - 8 = 3✗|10/4 = 2.5✓|2/3 = 0.67✓|2/3 = 0.66✗|1/3 = 0✗|-5/2 = -3✓|5/2 = 3✓|200/3 = 67✓|7/2 = 4✓|1/0 = 5
+2/3 = .667✓|2.4 + 3 = 5✗|5 - 8 = 3✗|10/4 = 2.5✓|2/3 = 0.67✓|2/3 = 0.66✗
+1/3 = 0✗|-5/2 = -3✓|5/2 = 3✓|200/3 = 67✓|7/2 = 4✓|1/0 = 5
 7/2 = 3✗|0.1 + 0.2 = 0.3✓|2x + 3 = 7|x = 3 + 4 = 7|1 + 1 = 2 + x|5 + 3 = 8x|f(3) + 2 = 5|x - 3 = 5
 40 marbles - 3 - 5 = 32|50% * 20 = 10|9^9+1=2|2 + 2 =|= 2 + 2|一共3+4=8个。✗2+2=4。✓
 First 3 * 4 = 12.✓ Then we know 3.5 + 1 = 4.5!✓  ⏎⏎So⏎4 + 4 = 8✓
