@@ -485,7 +485,7 @@ def parse_problem(text, line):
     # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer in
     # the way that we ask for.
     gold = final_answer(answer)
-    work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("#### ")[0])
+    work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("####")[0])
     solution = f"{work}\\boxed{{{gold}}}" if work and gold else ""
     return Problem(question, gold, solution, line=line)
 

@@ -63,7 +63,7 @@ MATH_REQUEST = "Please reason step by step, and put your final answer within \\b
 MAX_ANSWER = 400  # characters of a marked text
 MAX_LENGTH = 300  # characters of an answer after the clean-up
 MAX_DEPTH = 40  # expressions within expressions
-MAX_ITEMS = 30  # items of a list
+MAX_ITEMS = 50  # items of a list
 MAX_BITS = 4000  # bits of a value: of numerator and denominator, or of its exponent
 
 
@@ -207,7 +207,7 @@ def step_rewards(completion):
     for step in re.finditer(r"(?:[^\n.;!?。]|[.;!?](?!\s))+[.;!?。]?", completion[:10_000]):
         if "=" not in step[0]:
             continue
-        text = re.sub(r"<<[^<>]*>>|\\?[$€£]", "", step[0]).rstrip(".;!?。")
+        text = re.sub(r"<<[^<>]*>>|\\?[$€£¥]", "", step[0]).rstrip(".;!?。")
         text = clean(text).replace("~", " ")
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
@@ -377,69 +377,71 @@ _CHARACTERS = {
     **str.maketrans({"π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}),
     **str.maketrans({"±": r"\pm ", "×": r"\times ", "≠": r"\ne ", "∅": r"\emptyset "}),
     **str.maketrans({"⟨": r"\langle ", "⟩": r"\rangle ", "\u200b": "", "\ufeff": "", "`": ""}),
-    **str.maketrans({"€": "~euro~", "£": "~pound~", "¥": "~yuan~"}),
 }
-_FUNCTION_NAMES = "arcsin|arccos|arctan|sin|cos|tan|cot|sec|csc|ln|exp|log(?=_|\\[)"
+_ELEMENTARY = ["arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "exp"]
+_CALLED = "|".join([*_ELEMENTARY, r"log(?=_|\[)"])
 _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
-    (r"(\*\*|\"|')(.+)\1", r"\2"),  # **18**
+    (r"^(\*\*|[\"'])(.+)\1$", r"\2"),  # **18**
+    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 "),  # $18$
     (r"\\\(|\\\)|^\\\[|\\\]$", " "),  # \(18\)
-    (r"\\?\$", "~dollar~"),  # \$18
-    (r"\\pounds", "~pound~"),
-    (r"\{([,:])\}", r"\1"),  # 1{,}000
-    (r",\\! ?|(?<=\d)\\,(?=\d{3})", ","),  # 1,\!000
-    (r"\{?\\over(?![a-z])", "/"),  # {1\over2}
-    (r"\\(?:text[a-z]*|mbox|math(?:rm|bf|it|bb)|boldsymbol|operatorname) ?\{([^{}]*)\}", r"~\1~"),
-    (r"\{ ?\\rm ([^{}]*)\}", r"~\1~"),
+    (r"\\\$", "$"),  # \$18
+    (r"\\pounds(?![a-z])", "£"),  # \pounds 18
+    (r"\{([,:])\}|,\\! ?", lambda match: match[1] or ","),  # 1{,}000 and 1,\!000
+    (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),  # {1\over2}
+    (r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}", r"~\1~"),  # \text{cm}
+    (r"\{ ?\\rm ([^{}]*)\}", r"~\1~"),  # {\rm cm}
+    (r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([^{}]*)\}", r" \1 "),  # \mathbf{v}
     (r"\\(?:left|right|displaystyle|mathrm|boldsymbol|rm|!)(?![A-Za-z])", ""),  # \left(1\right)
-    (r"(?<!\\)\\(?:q?quad(?![a-z])|[,;: ])|(?<!\\)\\$", " "),
-    (r"\\[dtc]frac|\\nicefrac", r"\\frac"),  # \dfrac
-    (r"\\cdot(?![a-z])", "*"),
+    (r"(?<!\\)\\(?:q?quad(?![a-z])|[,;: ])|(?<!\\)\\$", " "),  # 2\,x
+    (r"\\[dtc]frac|\\nicefrac", r"\\frac"),  # \dfrac12
+    (r"\\cdot(?![a-z])", "*"),  # 2 \cdot x
     (r"(?<=[\d)}\]]) ?\\times(?![a-z])|\\times ?(?=[\d(\\])", "*"),  # 2\times x, not a\times b
-    (r"\\div(?![a-z])", "/"),
-    (r"\\(?:le|leq|leqslant)(?![a-z])", "<="),
-    (r"\\(?:ge|geq|geqslant)(?![a-z])", ">="),
-    (r"\\lt(?![a-z])", "<"),
-    (r"\\gt(?![a-z])", ">"),
-    (r"\\neq|\\not ?=|!=", r"\\ne "),
+    (r"\\div(?![a-z])", "/"),  # x \div 2
+    (r"\\(?:le|leq|leqslant)(?![a-z])", "<="),  # x \le 2
+    (r"\\(?:ge|geq|geqslant)(?![a-z])", ">="),  # x \ge 2
+    (r"\\lt(?![a-z])", "<"),  # x \lt 2
+    (r"\\gt(?![a-z])", ">"),  # x \gt 2
+    (r"\\neq|\\not ?=|!=", r"\\ne "),  # x \neq 2
     (r"\\in(?![a-z])", "="),  # x \in S is read as x = S
     (r"\\varepsilon", r"\\epsilon"),
-    (r"\\varnothing|\\\{ *\\\}", r"\\emptyset"),
-    (r"\\[lr]?[vV]ert(?![a-z])", "|"),
+    (r"\\varnothing|\\\{ *\\\}", r"\\emptyset"),  # \{\}
+    (r"\\[lr]?[vV]ert(?![a-z])", "|"),  # \vert x\vert
     (r"^\|([^|]+)\|$", r"\\abs{\1}"),  # |-5|
     (r"\^ ?\{? ?\\circ ?\}?|\\degree|[ ~]*\bdeg(?:rees?)?\b", "°"),  # 90^\circ
-    (r"\\%|[ ~]*\b(?:percent|per cent|pct)\b|~ ?\\?% ?~", "%"),
+    (r"\\%|[ ~]*\b(?:percent|per cent|pct)\b|~ ?\\?% ?~", "%"),  # 50\%
     (r"\b([ap])\.m\b\.?", r"\1m"),  # 5 a.m.
     (r",?[ ~]+(?:and|or)[ ~]+", ", "),  # 1 and 2
     (r"_ ?\{[ ~]*(\w+)[ ~]*\}", r"_\1 "),  # x_{1}
     (r"√ ?(\d+|\([^()]*\))|\\?\bsqrt ?(\d)", r"\\sqrt{\1\2}"),  # √5
     (r"(?<![A-Za-z\\])(?=(?:sqrt|pi)(?![A-Za-z]))", r"\\"),  # sqrt{5}
-    (rf"(?<![A-Za-z\\])[ ~]*({_FUNCTION_NAMES})(?![A-Za-z])~?", r"\\\1"),  # ln 2
-    (r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})", r"\\arc\1"),
+    (rf"(?<![A-Za-z\\])[ ~]*({_CALLED})(?![A-Za-z])~?", r"\\\1"),  # ln 2
+    (r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})", r"\\arc\1"),  # \tan^{-1} x
     (r"\\log_(\w+)", r"\\log[\1]"),  # \log_2 3
-    (r"\\((?:sin|cos|tan|cot|sec|csc) ?[({]? ?)([\d.]+) ?°", r"\\\1\\degree{\2}"),
+    (r"\\((?:sin|cos|tan|cot|sec|csc) ?[({]? ?)([\d.]+) ?°", r"\\\1\\degree{\2}"),  # \sin 30°
     (r"\\(begin|end) ?\{(?:[pbB]?matrix|smallmatrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
-    (r"\\cr(?![a-z])", r"\\\\"),
+    (r"\\cr(?![a-z])", r"\\\\"),  # the next row of a matrix
     (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
-    (r"^[ ~=]+(?![a-z]+~)|[ ~]*(?:\.|(?<=[A-Za-z])[!:])?[ ~\\]*$", ""),
-    (r"(?<=[^°]) ?~(dollar|euro|pound|yuan)~$", r" \1"),
+    (r"^[ ~=]+|[ ~]*\.?[ ~\\]*$", ""),  # 18.
+    (r"^([A-Za-z ~]{3,}|[A-Za-z](?=:))[!:]$", r"\1"),  # Yes!
     (r"(?<![\d.])\d{1,3}(?:[ ~]\d{3})+(?![\d /])", lambda match: re.sub("[ ~]", "", match[0])),
     (r"(\\(?:frac|sqrt(?:\[\d+\])?|binom)) ?(\d|[A-Za-z](?![A-Za-z]* ?\{))", r"\1{\2}"),  # \frac12
     (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d|[A-Za-z]|\\pi)", r"\1{\2}"),  # \frac{1}2
     (r"\{ ?(\w+) ?\\choose ?(\w+) ?\}", r"\\binom{\1}{\2}"),  # {5 \choose 2}
     (r"(?<=\}) (?=\{)", ""),  # \frac{1} {2}
-    (r"~(dollar|euro|pound|yuan)~ ?(-?(?:[\d.,]*\d|\\frac\{[^{}]*\}\{[^{}]*\}))", r"\2 \1"),
+    (r"([$€£¥]) ?(-?(?:[\d.,]*\d|\\frac\{[^{}]*\}\{[^{}]*\}))", r"\2 \1"),  # $18 is 18 $
     (r"(?<![\w.^}])(\d+)[ ~]*(\\frac\{\d+\}\{\d+\})", r"\\mixed{\1}{\2}"),  # 1\frac{1}{2}
     (r"(?<![\w.^}])(\d+)[ ~]+(\d+/\d+)(?![\d.])", r"\\mixed{\1}{\2}"),  # 1 1/2
     (r"(?<![\w.^])(\d+\.?\d*) ?\* ?10 ?\^ ?\{?(-?\d+)\}?", r"\\sci{\1}{\2}"),  # 2 * 10^3
-    (r"(\d+|(?<![A-Za-z])[A-Za-z]|\([^()]*\))!(?!!)", r"\\factorial{\1}"),
+    (r"(\d+|(?<![A-Za-z])[A-Za-z]|\([^()]*\))!(?!!)", r"\\factorial{\1}"),  # 5!
     (
-        rf"\\({_FUNCTION_NAMES}|log\[\w+\]) ?(?![({{])"  # \sin 2x is \sin{2x}
+        rf"\\({_CALLED}|log\[\w+\]) ?(?![({{])"  # \sin 2x is \sin{2x}
         r"((?: ?(?:[\d.]+|[A-Za-z](?![A-Za-z])(?:_\w+)?|\\pi(?![a-z])|\\degree\{[\d.]+\})"
         r"|\\(?:alpha|beta|theta|phi|omega)(?![a-z]))+)",
         r"\\\1{\2}",
     ),
 ]
+# 2abc is a product of letters; a word alone, or of five letters, is opaque.
 _OPAQUE = re.compile(
     r""".*(?: : | \.\. | \\[lc]?dots | \d\.\d*\(                           # ratios, 0.(3)
     | \{d\w?\}\{d\w\} | \bd\w?/d\w                                         # d/dx
@@ -479,15 +481,18 @@ for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm 
 kilometer km kilometre 千米 公里|decimeter dm 分米|inch in|foot ft feet|yard yd|mile mi
 square sq 平方|cubic cu 立方|hectare 公顷|acre|gram g 克
 kilogram kg 千克 公斤|milligram mg|ton tonne 吨
-pound lb|ounce oz|liter l L litre 升|milliliter ml millilitre 毫升|gallon gal|quart|pint
+pound lb £|ounce oz|liter l L litre 升|milliliter ml millilitre 毫升|gallon gal|quart|pint
 second s sec 秒|minute min 分钟|hour h hr 小时|day 天 日|week 周|month 月|year yr 年
 am|pm|mile/hour mph|newton N|joule J|watt W|volt V|kelvin K|mole mol|° 度|fahrenheit F|celsius C
-radian rad|dollar|cent|euro|pence penny|yen|yuan 元|jiao 角|fen 分
+radian rad|dollar $|cent|euro €|pence penny|yen|yuan ¥ 元|jiao 角|fen 分
 unit|people person|人|student|child children|apple|book|ball|box|card|coin|cookie|cup|egg|flower
 game|glass|item|page|piece|point|ride|slice|step|ticket|time|toy|tree|way|word
 个|只|本|支|条|张|块|件|棵|朵|岁|页|次|包|盒|袋|箱|瓶|辆|名""".replace("\n", "|").split("|"):
     _UNITS |= dict.fromkeys(_line.split(), _line.split()[0])
 _WORDS = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
+# What stands in a unit beside the words of the list.
+_UNITS |= {"per": "/", "/": "/", "2": "2", "3": "3"}
+_UNITS |= dict.fromkeys(("square", "sq", "平方"), "2") | dict.fromkeys(("cubic", "cu", "立方"), "3")
 _UNIT = re.compile(
     rf"""(?<=[\d)}}\]%!°a-z])                 # behind a value
     (?: [ ~]* (?:(?:/|per\b|\*)[ ~]*)?
@@ -497,7 +502,6 @@ _UNIT = re.compile(
 )
 
 
-@functools.lru_cache(maxsize=1000)
 def _split_unit(text):
     r"""Split "18 square inches", or "18 in^2", into ("18", "inch2"); "18 apes" has no unit.
 
@@ -506,17 +510,18 @@ def _split_unit(text):
     match = _UNIT.search(text, max(0, len(text) - 60))
     if not match:
         return text, ""
-    words = re.findall(rf"[/23]|[A-Za-z]+|{_WORDS}", match[0])
     names = []
-    for word in words:
-        bare = len(word) == 1 and word.isascii() and word.isalpha() and "~" not in match[0]
-        if bare and names in ([], ["/"]):
+    for word in re.findall(rf"[/23]|[A-Za-z]+|{_WORDS}", match[0]):
+        if re.fullmatch("[A-Za-z]", word):
+            if "~" not in match[0] and names in ([], ["/"]):
+                return text, ""
+        else:
+            word = word.casefold()
+        forms = [word, word.removesuffix("s"), word.removesuffix("es")]
+        known = [form for form in forms if form in _UNITS and (form == word or len(form) > 1)]
+        if not known:
             return text, ""
-        lower = word.casefold()
-        known = _UNITS.get(word) or _UNITS.get(lower) or _UNITS.get(re.sub("e?s$", "", lower))
-        known = known or _UNITS.get(lower.removesuffix("s"))
-        power = {"square": "2", "cubic": "3"}.get(known, known or {"per": "/"}.get(lower, lower))
-        names.append(power)
+        names.append(_UNITS[known[0]])
     names.sort(key="23".__contains__)  # square meters are meter2; the order of other words counts
     return text[: match.start()].rstrip(" ~"), "".join(names)
 
@@ -615,13 +620,7 @@ _FUNCTIONS = {
     "binom": _binomial,
     "degree": lambda angle: _real(angle) * _MP.pi / 180,
     "log": lambda base, value: _MP.log(_real(value), _real(base)),
-    "arcsin": _apply(_MP.asin),
-    "arccos": _apply(_MP.acos),
-    "arctan": _apply(_MP.atan),
-    **{
-        name: _apply(getattr(_MP, name))
-        for name in ("sin", "cos", "tan", "cot", "sec", "csc", "ln", "exp")
-    },
+    **{name: _apply(getattr(_MP, name.replace("arc", "a"))) for name in _ELEMENTARY},
 }
 _CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
 _LETTERS = {*_GREEK.split(), "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega"}
@@ -630,6 +629,11 @@ _TOKEN = re.compile(
     r"[ ~]*(\d+\.?\d*|\.\d+|\}\{|\\[A-Za-z]+(?:_\w+)?|[A-Za-z](?:_\w+|_\{[^{}]*\})?|\\?.|$)",
     re.A | re.S,
 )
+
+
+# How Python writes the other signs.
+_SIGNS = {sign: sign for sign in "+-*/()[],"}
+_SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 
 
 def _to_python(text):
@@ -664,10 +668,6 @@ def _to_python(text):
             raise ValueError(f"{token} is not understood")
         after_factor = bool(number or letter or constant) or token in (")", "}", "%")
     return "".join(python)
-
-
-_SIGNS = {sign: sign for sign in "+-*/()[],"}
-_SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 
 
 def _bits(value):
@@ -743,7 +743,6 @@ def _close(a, b):
     return abs(a - b) <= _MP.ldexp(max(abs(a), abs(b)), -500)
 
 
-@functools.lru_cache(maxsize=1000)
 def _split(text, separators):
     """Split where no bracket is open: (parts, separators found).
 
@@ -775,42 +774,60 @@ def _structure(text):
     kind: "," of a list or set, "(]" of an interval, "matrix 2", "\cup", "<".
     """
     if r"\pm" in text or r"\mp" in text:
-        signs = [("+", "-"), ("-", "+")]
-        texts = [text.replace(r"\pm", plus).replace(r"\mp", minus) for plus, minus in signs]
-        items = []
-        for item in [item for one in texts for item in _structure(one)[1]]:
-            if not any(_same(item, other) for other in items):
-                items.append(item)
-        return ",", items
+        return ",", _plus_and_minus(text)
     matrix = re.fullmatch(r"[(\[]?\\begin (.*?)(?:\\\\ ?)?\\end ?[)\]]?", text)
     if matrix:
         rows = matrix[1].split("\\\\")
         return f"matrix {len(rows)}", [item for row in rows for item in _split(row, "&")[0]]
     for separator in (r"\\cup(?![a-z])", ","):
-        parts, found = _split(text, separator)
+        items, found = _split(text, separator)
         if found:
-            return found[0], parts
-    bracket = re.fullmatch(r"(\\\{|\\langle|[(\[])(.*)(\\\}|\\rangle|[)\]])", text)
-    if bracket:
-        try:
-            parts, found = _split(bracket[2], ",")
-        except ValueError:  # (1)+(2)
-            parts, found = [], []
-        if bracket[1] == "\\{" and bracket[3] == "\\}":
-            return ",", parts
-        if found and bracket[1] != "\\{" and bracket[3] != "\\}":
-            return bracket[1] + bracket[3], parts
-    parts, found = _split(text, r"<=|>=|<|>|\\ne(?![a-z])")
-    if found and all(sign[0] == ">" for sign in found):  # x > 5 is 5 < x
-        found = [sign.replace(">", "<") for sign in found[::-1]]
-        parts = parts[::-1]
-    return "".join(found), parts
+            return found[0], items
+    kind, items = _bracket(text)
+    if kind:
+        return kind, items
+    items, found = _split(text, r"<=|>=|<|>|\\ne(?![a-z])")
+    if all(sign[0] == ">" for sign in found):  # x > 5 is 5 < x
+        found = [sign.replace(">", "<") for sign in reversed(found)]
+        items = items[::-1]
+    return "".join(found), items
+
+
+def _plus_and_minus(text):
+    r"""Read 1 \pm 2 as the list of 1 + 2 and 1 - 2; what both hold counts once."""
+    upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
+    lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
+    items = []
+    for item in (*_structure(upper)[1], *_structure(lower)[1]):
+        if not any(_same(item, other) for other in items):
+            items.append(item)
+    return items
+
+
+def _bracket(text):
+    r"""Take (1, 2] or \{1\} apart, or return ("", []); (18) is an expression."""
+    match = re.fullmatch(r"(\\\{|\\langle|[(\[])(.*)(\\\}|\\rangle|[)\]])", text)
+    if not match:
+        return "", []
+    try:
+        items, commas = _split(match[2], ",")
+    except ValueError:  # (1)+(2)
+        return "", []
+    kind = match[1] + match[3]
+    if kind == r"\{\}":
+        return ",", items
+    return (kind, items) if commas and "{" not in kind and "}" not in kind else ("", [])
+
+
+@functools.lru_cache(maxsize=1000)
+def _bare(text):
+    """Drop the spaces, but for those between two digits."""
+    return re.sub(r"(?<!\d)[ ~]+|[ ~]+(?!\d)", "", text)
 
 
 def _same(a, b):
     """Tell whether two cleaned texts are the same text, or have the same parts or value."""
-    bare = [re.sub(r"(?<!\d)[ ~]+|[ ~]+(?!\d)", "", text) for text in (a, b)]
-    if bare[0] == bare[1]:
+    if _bare(a) == _bare(b):
         return True
     kind, items = _structure(a)
     other_kind, others = _structure(b)
@@ -829,32 +846,36 @@ def _same(a, b):
     return True
 
 
+@functools.lru_cache(maxsize=1000)
+def _sides(text):
+    """Split "9+9 = 18 cm" into ("cm", ["9+9", "18"]); no sides if the text is several numbers."""
+    text, unit = _split_unit(text)
+    if _SEVERAL_NUMBERS.fullmatch(text):
+        return unit, []
+    return unit, _split(text, "=")[0]
+
+
 def _same_value(a, b):
     """Tell whether two expressions or equations have the same value; b is the gold one."""
-    a, unit = _split_unit(a)
-    b, gold_unit = _split_unit(b)
+    unit, sides = _sides(a)
+    gold_unit, gold_sides = _sides(b)
+    if not sides or not gold_sides:
+        return False
     if unit and gold_unit and unit != gold_unit:
         return False
-    if _SEVERAL_NUMBERS.fullmatch(a) or _SEVERAL_NUMBERS.fullmatch(b):
-        return False
-    sides, _ = _split(a, "=")
-    gold_sides, _ = _split(b, "=")
     if len(sides) == len(gold_sides) == 2:
         if sides[0] == gold_sides[0] and re.fullmatch(_NAME, sides[0]):
             return _same(sides[1], gold_sides[1])
         x, y = (parse(f"({left})-({right})") for left, right in (sides, gold_sides))
-        factors = [p / q if q else 0 for p, q in zip(*_reals(x, y), strict=True)] if x and y else []
-        return bool(factors) and all(f and _close(f, factors[0]) for f in factors)
+        if not x or not y or 0 in x or 0 in y:
+            return False
+        factors = [_real(p) / _real(q) for p, q in zip(x, y, strict=True)]
+        return all(_close(factor, factors[0]) for factor in factors)
     values = [parse(side) for side in (*sides, *gold_sides)]
     if not all(values) or not all(all(map(_close, value, values[0])) for value in values):
         return False  # of 9+9 = 18 all sides must be equal
     # Arithmetic that was not done earns nothing: a policy would copy the question.
-    return not _is_number(b) or not all(map(_is_undone, sides))
-
-
-def _reals(*values):
-    """Turn the Fractions of several lists into numbers of 600 bits."""
-    return [list(map(_real, value)) for value in values]
+    return not all(map(_is_number, gold_sides)) or not all(map(_is_undone, sides))
 
 
 def _is_undone(text):
@@ -884,15 +905,14 @@ def is_equivalent(answer, gold):
     gold = clean(gold)
     if not answer or not gold:
         return False
-    words = [
-        re.sub(r"^\(([A-Za-z])\)$|[ ~.']|\b-\b", r"\1", text).casefold() for text in (answer, gold)
-    ]
-    if words[0] == words[1] and words[0].isalpha():
+    words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
+    if words[0] == words[1] and re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", words[0]):
         return True
-    lone_e = r"(?<![A-Za-z])e(?![A-Za-z]|[-+]?\d)|(?<![\d.])e"
-    if not re.search(lone_e, re.sub("[A-Za-z]{2,}", "", answer + "|" + gold)):
+    # 2e-1 is 0.2, unless one of the two has an e that is a factor.
+    factor = r"(?<![A-Za-z\\])e(?![A-Za-z]|[-+]?\d)|(?<![\w.\\])e"
+    if not re.search(factor, answer) and not re.search(factor, gold):
         scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
-        answer = re.sub(scientific, r"\\sci{\1}{\2}", answer)  # 2e3, but not beside e^2
+        answer = re.sub(scientific, r"\\sci{\1}{\2}", answer)
         gold = re.sub(scientific, r"\\sci{\1}{\2}", gold)
     try:
         return _same_answer(answer, gold)

@@ -166,12 +166,12 @@ def parity_reward(prompts, completions, answer):
     return [float(len(text) % 2) for text in completions]
 
 
-if __name__ == "__main__":
-    print(make_chat_model(sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()))
-
-
 def forget():
     """Empty the caches of the grader."""
     for function in vars(reward).values():
         if hasattr(function, "cache_clear"):
             function.cache_clear()
+
+
+if __name__ == "__main__":
+    print(make_chat_model(sys.argv[1], Path(sys.argv[2]).read_text(encoding="utf-8").splitlines()))

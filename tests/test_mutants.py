@@ -134,7 +134,7 @@ padding filled with the pad id: ids.where(mask, first) => ids
 [eval.report | options temperature-1000]
 --temperature of eval.py not passed on: options.temperature => 1.0
 [reward._same_value | reward equal or different or copying
-arithmetic that was not done is paid: not _is_number(b) => True
+arithmetic that was not done is paid: not all(map(_is_number, gold_sides)) => True
 a unit against another unit is paid: unit != gold_unit => False
 [reward._evaluate | reward equal or different
 all letters are the same number: f"{name} {point}" => f"{point}"

@@ -307,14 +307,14 @@ def test_the_bf16_path(tmp_path):
     policy, _ = tiny()
     dtypes = set()
     policy.register_forward_pre_hook(lambda model, _: dtypes.add(model.dtype))  # copies keep it
-    flags = "--steps 3 --iterations 2 --lr 1e-2 --save-every 1"
+    flags = "--steps 3 --iterations 2 --lr 2e-2 --save-every 1"
     rows, _, states = run(tmp_path / "a", flags, policy=policy, bf16=True)
     assert dtypes == {torch.bfloat16} == {weight.dtype for weight in states["reference"].values()}
     assert policy.dtype == states["policy"]["lm_head.weight"].dtype == torch.float32
     assert not torch.equal(flat(policy), flat(policy).bfloat16().float())
     assert all(0 < row["gap"] < 0.1 for row in rows[1:])  # the copy is renewed at every step
     kl = [row["kl"] for row in rows[1:]]
-    assert max(kl[0], kl[3]) < 1e-3 < 4e-3 < min(kl[2], kl[5])  # processors differ
+    assert max(kl[0], kl[3]) < 1e-3 < 1e-2 < min(kl[2], kl[5])
 
 
 @pytest.mark.parametrize("source", ["reference", "policy"])
