@@ -541,140 +541,86 @@ def _split_name(text):
     return name[1].strip(" ~"), bare.strip(" ~")
 
 
-# Numbers that are no Fractions have 600 bits, and are the same if 500 of them agree.
+# Roots, pi, letters and the like have 600 bits, and are the same if 500 of them agree.
 _MP = mpmath.MPContext()
 _MP.prec = 600
-
-
-def _real(value):
-    """Turn a Fraction into a number of 600 bits; any other value is one."""
-    return _MP.mpf(value.numerator) / value.denominator if isinstance(value, Fraction) else value
-
-
-def _apply(function):
-    """Let a function of mpmath take Fractions."""
-    return lambda *values: function(*map(_real, values))
-
-
-def _exactly(operator_):
-    """Compute with Fractions where both sides are, else with 600 bits."""
-
-    def compute(a, b):
-        if isinstance(a, Fraction) and isinstance(b, Fraction):
-            return operator_(a, b)
-        return operator_(_real(a), _real(b))
-
-    return compute
 
 
 def _power(base, exponent):
     """Raise to a power, exactly if both are rational; odd roots of negatives are real."""
     if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        if abs(exponent.numerator) * _bits(base) > MAX_BITS:
+        bits = (base.numerator * base.denominator).bit_length()
+        if abs(exponent.numerator) * bits > MAX_BITS:
             raise OverflowError("too large")
         if exponent.denominator == 1:
             return base**exponent
         if exponent.denominator % 2 and base < 0:
             return (-_power(-base, Fraction(1, exponent.denominator))) ** exponent.numerator
-    return _MP.power(_real(base), _real(exponent))
-
-
-def _root(*values):
-    r"""Return \sqrt{x}, given x, or \sqrt[n]{x}, given n and x."""
-    degree, value = values if len(values) == 2 else (Fraction(2), *values)
-    return _power(value, _exactly(operator.truediv)(Fraction(1), degree))
+    return _MP.power(base, exponent)
 
 
 def _factorial(value):
-    """Return n!, and the gamma function where a letter stands for n."""
+    """Return n!, which is the gamma function where a letter stands for n."""
     if abs(value) > 400:
         raise OverflowError("too large")
-    if isinstance(value, Fraction):
-        if value.denominator > 1 or value < 0:
-            raise ValueError("not a whole number")
-        return Fraction(math.factorial(value.numerator))
-    return _MP.gamma(value + 1)
+    return _MP.factorial(value)
 
 
-def _binomial(n, k):
-    """Return n over k."""
-    multiply = _exactly(operator.mul)
-    rest = _factorial(_exactly(operator.sub)(n, k))
-    return _exactly(operator.truediv)(_factorial(n), multiply(_factorial(k), rest))
-
-
+# A Fraction and a number of mpmath can be added and multiplied, but not subtracted or divided.
 _OPERATORS = {
-    ast.Add: _exactly(operator.add),
-    ast.Sub: _exactly(operator.sub),
-    ast.Mult: _exactly(operator.mul),
-    ast.Div: _exactly(operator.truediv),
+    ast.Add: operator.add,
+    ast.Sub: lambda a, b: a + -b,
+    ast.Mult: operator.mul,
+    ast.Div: lambda a, b: a * (1 / b),
     ast.Pow: _power,
 }
 _FUNCTIONS = {
-    "frac": _exactly(operator.truediv),
-    "mixed": _exactly(operator.add),  # 1\frac{1}{2}
+    "frac": _OPERATORS[ast.Div],
+    "mixed": operator.add,  # 1\frac{1}{2}
     "sci": lambda a, b: a * _power(Fraction(10), b),  # 2 * 10^3
-    "sqrt": _root,
+    "sqrt": lambda value, degree=Fraction(2): _power(value, 1 / degree),
     "abs": abs,
     "factorial": _factorial,
-    "binom": _binomial,
-    "degree": lambda angle: _real(angle) * _MP.pi / 180,
-    "log": lambda base, value: _MP.log(_real(value), _real(base)),
-    **{name: _apply(getattr(_MP, name.replace("arc", "a"))) for name in _ELEMENTARY},
+    "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n + -k)),
+    "degree": lambda angle: angle * _MP.pi / 180,
+    "log": _MP.log,
+    **{name: getattr(_MP, name.replace("arc", "a")) for name in _ELEMENTARY},
 }
-_CONSTANTS = {"pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
-_LETTERS = {*_GREEK.split(), "Gamma", "Delta", "Theta", "Lambda", "Sigma", "Phi", "Psi", "Omega"}
-_LETTERS |= {"ell", "hbar", "infty", "zeta", "eta", "Xi", "Pi", "varphi"}
+_CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
+_LETTERS = "Gamma Delta Theta Lambda Sigma Phi Psi Omega zeta eta Xi Pi varphi ell hbar pi infty"
+# How Python writes the signs. {x} is a set of one item; so brackets that do not belong together, as
+# in {x), are an error of syntax.
+_SIGNS = {sign: sign for sign in "+-*/()[],"}
+_SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 _TOKEN = re.compile(
-    r"[ ~]*(\d+\.?\d*|\.\d+|\}\{|\\[A-Za-z]+(?:_\w+)?|[A-Za-z](?:_\w+|_\{[^{}]*\})?|\\?.|$)",
-    re.A | re.S,
+    rf"""(\d+\.?\d* | \.\d+)                                    # a number
+    | ((?: \\(?:{"|".join([*_GREEK.split(), *_LETTERS.split()])})(?![A-Za-z]) | [A-Za-z])
+       (?:_\w+ | _\{{[^{{}}]*\}})?)                             # a letter
+    | \\({"|".join(_FUNCTIONS)})(?![A-Za-z])                    # a function
+    | (\}}\{{ | \\?[^ ~])                                       # a sign
+    """,
+    re.A | re.S | re.X,
 )
 
 
-# How Python writes the other signs.
-_SIGNS = {sign: sign for sign in "+-*/()[],"}
-_SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
-
-
 def _to_python(text):
-    r"""Write a cleaned expression as Python would: 2\frac{x}{3} is "2"*frac({x},{"3"}).
+    r"""Write a cleaned expression as Python would: 2\frac{x}{3} is '2'*frac({'x'},{'3'}).
 
-    Numbers are strings, since Fraction reads those exactly. {x} is a set of one item: so brackets
-    that do not belong together, as in {x), are an error of syntax. Raises ValueError.
+    Numbers and letters are strings: Fraction reads those exactly. Raises ValueError or KeyError.
     """
     if _OPAQUE.fullmatch(text):
         raise ValueError("opaque")
     python = []
     after_factor = False
-    for token in filter(None, _TOKEN.findall(text)):
-        name = token.removeprefix("\\")
-        number = re.fullmatch(r"\d+\.?\d*|\.\d+", token, re.A)
-        function = name in _FUNCTIONS and token != name
-        letter = not function and (name.partition("_")[0] in _LETTERS or token[0].isalpha())
-        constant = name in _CONSTANTS
+    for number, letter, function, sign in _TOKEN.findall(text):
         if after_factor and number:
             raise ValueError("1 8, or x1")
-        if after_factor and (function or letter or constant or token in ("(", "{")):
+        if after_factor and (letter or function or sign in ("(", "{")):
             python.append("*")  # 2x
-        if number:
-            python.append(f'"{token}"')
-        elif function or constant:
-            python.append(name)
-        elif letter:
-            python.append("_" + token.encode().hex())
-        elif token in _SIGNS:
-            python.append(_SIGNS[token])
-        else:
-            raise ValueError(f"{token} is not understood")
-        after_factor = bool(number or letter or constant) or token in (")", "}", "%")
+        literal = number or letter
+        python.append(repr(literal) if literal else function or _SIGNS[sign])
+        after_factor = bool(literal) or sign in (")", "}", "%")
     return "".join(python)
-
-
-def _bits(value):
-    """Return the size of a value in bits."""
-    if isinstance(value, Fraction):
-        return (value.numerator * value.denominator).bit_length()
-    return abs(_MP.mag(value)) if value else 0
 
 
 def _evaluate(node, point, depth=0):
@@ -686,12 +632,11 @@ def _evaluate(node, point, depth=0):
         return _evaluate(child, point, depth + 1)
 
     match node:
-        case ast.Constant(value=str(number)):
+        case ast.Constant(value=str(number)) if number[0] in ".0123456789":
             value = Fraction(number)
-        case ast.Name(id=name) if name in _CONSTANTS:
-            value = _CONSTANTS[name]
-        case ast.Name(id=name) if name[0] == "_":
-            value = 2 + _MP.mpf(zlib.crc32(f"{name} {point}".encode())) / 2**32
+        case ast.Constant(value=str(letter)):
+            number = 2 + _MP.mpf(zlib.crc32(f"{letter} {point}".encode())) / 2**32
+            value = _CONSTANTS.get(letter, number)
         case ast.Set(elts=[child]) | ast.UnaryOp(op=ast.UAdd(), operand=child):
             value = inside(child)
         case ast.UnaryOp(op=ast.USub(), operand=child):
@@ -701,10 +646,10 @@ def _evaluate(node, point, depth=0):
         case ast.Call(func=ast.Name(id=name), args=arguments):
             value = _FUNCTIONS[name](*map(inside, arguments))
         case ast.Call(func=ast.Subscript(value=ast.Name(id=name), slice=index), args=[child]):
-            value = _FUNCTIONS[name](inside(index), inside(child))
+            value = _FUNCTIONS[name](inside(child), inside(index))
         case _:
             raise ValueError("not an expression")
-    if _bits(value) > MAX_BITS:
+    if value and abs(_MP.mag(value)) > MAX_BITS:
         raise OverflowError("too large")
     return value
 
@@ -714,7 +659,7 @@ def _tree(text):
     """Parse a cleaned expression: a tree, or None. Nothing is run."""
     try:
         return ast.parse(_to_python(text), mode="eval").body
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (LookupError, ValueError, SyntaxError, MemoryError, RecursionError):
         return None
 
 
@@ -738,9 +683,7 @@ def _close(a, b):
     # TRAP: as floats 9007199254740993 and ...2 are the same (test_numbers_are_exact).
     if isinstance(a, Fraction) and isinstance(b, Fraction):
         return a == b
-    a = _real(a)
-    b = _real(b)
-    return abs(a - b) <= _MP.ldexp(max(abs(a), abs(b)), -500)
+    return _MP.almosteq(_MP.convert(a), _MP.convert(b), rel_eps=_MP.ldexp(1, -500), abs_eps=0)
 
 
 def _split(text, separators):
@@ -869,7 +812,7 @@ def _same_value(a, b):
         x, y = (parse(f"({left})-({right})") for left, right in (sides, gold_sides))
         if not x or not y or 0 in x or 0 in y:
             return False
-        factors = [_real(p) / _real(q) for p, q in zip(x, y, strict=True)]
+        factors = [p * (1 / q) for p, q in zip(x, y, strict=True)]
         return all(_close(factor, factors[0]) for factor in factors)
     values = [parse(side) for side in (*sides, *gold_sides)]
     if not all(values) or not all(all(map(_close, value, values[0])) for value in values):
