@@ -46,7 +46,6 @@ False
 import ast
 import copy
 import functools
-import math
 import operator
 import random
 import re
@@ -363,21 +362,14 @@ def _last_token(spans, end):
 # closed list of node kinds. Whatever is not understood is opaque: equal to the same text only.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
-_GREEK = (
-    "alpha beta gamma delta epsilon theta kappa lambda mu nu xi rho sigma tau phi chi psi omega"
-)
-_CHARACTERS = {
-    **{
-        ord(letter): f"\\{name} "
-        for letter, name in zip("αβγδεθκλμνξρστφχψω", _GREEK.split(), strict=True)
-    },
-    **str.maketrans("−–‐‑·⋅∙÷⁄∕∣。", "----***///|."),
-    **dict.fromkeys(map(ord, "≤⩽≦"), "<="),
-    **dict.fromkeys(map(ord, "≥⩾≧"), ">="),
-    **str.maketrans({"π": r"\pi ", "∞": r"\infty ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "}),
-    **str.maketrans({"±": r"\pm ", "×": r"\times ", "≠": r"\ne ", "∅": r"\emptyset "}),
-    **str.maketrans({"⟨": r"\langle ", "⟩": r"\rangle ", "\u200b": "", "\ufeff": "", "`": ""}),
-}
+# Between two semicolons: characters, and what they become.
+_CHARACTERS = dict.fromkeys(map(ord, "\u200b\ufeff`"))  # nothing
+for _line in r"""− – ‐ ‑ -;· ⋅ ∙ *;÷ ⁄ ∕ /;∣ |;。 .;≤ ⩽ ≦ <=;≥ ⩾ ≧ >=;≠ \ne;± \pm;× \times
+∈ \in;∪ \cup;∩ \cap;∅ \emptyset;∞ \infty;⟨ \langle;⟩ \rangle;π \pi;α \alpha;β \beta;γ \gamma
+δ \delta;ε \epsilon;θ \theta;κ \kappa;λ \lambda;μ \mu;ν \nu;ξ \xi;ρ \rho;σ \sigma;τ \tau
+φ \phi;χ \chi;ψ \psi;ω \omega""".replace("\n", ";").split(";"):
+    *_old, _new = _line.split()
+    _CHARACTERS |= dict.fromkeys(map(ord, _old), _new + " " if "\\" in _new else _new)
 _ELEMENTARY = ["arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "exp"]
 _CALLED = "|".join([*_ELEMENTARY, r"log(?=_|\[)"])
 _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
@@ -419,11 +411,13 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})", r"\\arc\1"),  # \tan^{-1} x
     (r"\\log_(\w+)", r"\\log[\1]"),  # \log_2 3
     (r"\\((?:sin|cos|tan|cot|sec|csc) ?[({]? ?)([\d.]+) ?°", r"\\\1\\degree{\2}"),  # \sin 30°
+    # \begin{pmatrix}1&2\end{pmatrix}
     (r"\\(begin|end) ?\{(?:[pbB]?matrix|smallmatrix|array)\}(?: ?\{[lcr| ]*\})?", r"\\\1 "),
     (r"\\cr(?![a-z])", r"\\\\"),  # the next row of a matrix
     (r"[ ~]{2,}", lambda match: "~" if "~" in match[0] else " "),
     (r"^[ ~=]+|[ ~]*\.?[ ~\\]*$", ""),  # 18.
     (r"^([A-Za-z ~]{3,}|[A-Za-z](?=:))[!:]$", r"\1"),  # Yes!
+    # 1 000 000
     (r"(?<![\d.])\d{1,3}(?:[ ~]\d{3})+(?![\d /])", lambda match: re.sub("[ ~]", "", match[0])),
     (r"(\\(?:frac|sqrt(?:\[\d+\])?|binom)) ?(\d|[A-Za-z](?![A-Za-z]* ?\{))", r"\1{\2}"),  # \frac12
     (r"(\\(?:frac|binom) ?\{[^{}]*\}) ?(\d|[A-Za-z]|\\pi)", r"\1{\2}"),  # \frac{1}2
@@ -434,8 +428,9 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"(?<![\w.^}])(\d+)[ ~]+(\d+/\d+)(?![\d.])", r"\\mixed{\1}{\2}"),  # 1 1/2
     (r"(?<![\w.^])(\d+\.?\d*) ?\* ?10 ?\^ ?\{?(-?\d+)\}?", r"\\sci{\1}{\2}"),  # 2 * 10^3
     (r"(\d+|(?<![A-Za-z])[A-Za-z]|\([^()]*\))!(?!!)", r"\\factorial{\1}"),  # 5!
+    # \sin 2x is \sin{2x}
     (
-        rf"\\({_CALLED}|log\[\w+\]) ?(?![({{])"  # \sin 2x is \sin{2x}
+        rf"\\({_CALLED}|log\[\w+\]) ?(?![({{])"
         r"((?: ?(?:[\d.]+|[A-Za-z](?![A-Za-z])(?:_\w+)?|\\pi(?![a-z])|\\degree\{[\d.]+\})"
         r"|\\(?:alpha|beta|theta|phi|omega)(?![a-z]))+)",
         r"\\\1{\2}",
@@ -475,53 +470,43 @@ def clean(text):
     return text.strip() if len(text) <= MAX_LENGTH else ""
 
 
-# Units: a closed list, each with its spellings. A plural may have an s more.
+# Units: a closed list, each with its spellings.
 _UNITS = {}
 for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm millimetre 毫米
 kilometer km kilometre 千米 公里|decimeter dm 分米|inch in|foot ft feet|yard yd|mile mi
-square sq 平方|cubic cu 立方|hectare 公顷|acre|gram g 克
-kilogram kg 千克 公斤|milligram mg|ton tonne 吨
+hectare 公顷|acre|gram g 克|kilogram kg 千克 公斤|milligram mg|ton tonne 吨
 pound lb £|ounce oz|liter l L litre 升|milliliter ml millilitre 毫升|gallon gal|quart|pint
 second s sec 秒|minute min 分钟|hour h hr 小时|day 天 日|week 周|month 月|year yr 年
 am|pm|mile/hour mph|newton N|joule J|watt W|volt V|kelvin K|mole mol|° 度|fahrenheit F|celsius C
-radian rad|dollar $|cent|euro €|pence penny|yen|yuan ¥ 元|jiao 角|fen 分
+radian rad|dollar $|cent|euro €|penny pence|yen|yuan ¥ 元|jiao 角|fen 分
 unit|people person|人|student|child children|apple|book|ball|box|card|coin|cookie|cup|egg|flower
 game|glass|item|page|piece|point|ride|slice|step|ticket|time|toy|tree|way|word
-个|只|本|支|条|张|块|件|棵|朵|岁|页|次|包|盒|袋|箱|瓶|辆|名""".replace("\n", "|").split("|"):
-    _UNITS |= dict.fromkeys(_line.split(), _line.split()[0])
-_WORDS = "|".join(sorted(map(re.escape, _UNITS), key=len, reverse=True))
-# What stands in a unit beside the words of the list.
-_UNITS |= {"per": "/", "/": "/", "2": "2", "3": "3"}
-_UNITS |= dict.fromkeys(("square", "sq", "平方"), "2") | dict.fromkeys(("cubic", "cu", "立方"), "3")
+个|只|本|支|条|张|块|件|棵|朵|岁|页|次|包|盒|袋|箱|瓶|辆|名
+/ per|2 square sq 平方|3 cubic cu 立方""".replace("\n", "|").split("|"):
+    for _word in _line.split():
+        plurals = ("", "s", "es") if len(_word) > 1 else ("",)
+        _UNITS |= {_word + end: _line.split()[0] for end in plurals}
+_SYMBOLS = "".join(re.findall(r"\b[A-Za-z]\b", " ".join(_UNITS)))
+_WORDS = sorted(_UNITS.keys() - {*_SYMBOLS, *"/23", "per"}, key=len, reverse=True)
+_WORDS = "|".join(map(re.escape, _WORDS))
 _UNIT = re.compile(
-    rf"""(?<=[\d)}}\]%!°a-z])                 # behind a value
-    (?: [ ~]* (?:(?:/|per\b|\*)[ ~]*)?
-        (?: (?<![A-Za-z]) (?i:{_WORDS})(?:e?s)?(?![A-Za-z])\.? | ° ) (?:[ ~]*\^\{{?[23]\}}?)?
+    rf"""(?<=[\d)}}\]%!°a-z])                       # behind a value
+    (?! [ ]*/?[ ]*[A-Za-z](?![A-Za-z]) )            # 18 m is a product, 18\text{{ m}} is not
+    (?: [ ~]* (?:/|\*|per\b)? [ ~]*
+        (?: (?<![A-Za-z]) (?: (?i:{_WORDS})\.? | [{_SYMBOLS}] ) (?![A-Za-z]) | ° )
+        (?: [ ~]*\^\{{?[23]\}}? )?
     ){{1,4}} [ ~]*$""",
     re.X,
 )
 
 
 def _split_unit(text):
-    r"""Split "18 square inches", or "18 in^2", into ("18", "inch2"); "18 apes" has no unit.
-
-    A symbol of one letter is a unit in \text{m} only: "18 m" is a product.
-    """
+    r"""Split "18 square inches", or "18 in^2", into ("18", "inch2"); "18 apes" has no unit."""
     match = _UNIT.search(text, max(0, len(text) - 60))
     if not match:
         return text, ""
-    names = []
-    for word in re.findall(rf"[/23]|[A-Za-z]+|{_WORDS}", match[0]):
-        if re.fullmatch("[A-Za-z]", word):
-            if "~" not in match[0] and names in ([], ["/"]):
-                return text, ""
-        else:
-            word = word.casefold()
-        forms = [word, word.removesuffix("s"), word.removesuffix("es")]
-        known = [form for form in forms if form in _UNITS and (form == word or len(form) > 1)]
-        if not known:
-            return text, ""
-        names.append(_UNITS[known[0]])
+    words = re.findall(rf"(?i:{_WORDS}|per)|[A-Za-z/23]", match[0])
+    names = [_UNITS.get(word) or _UNITS[word.casefold()] for word in words]
     names.sort(key="23".__contains__)  # square meters are meter2; the order of other words counts
     return text[: match.start()].rstrip(" ~"), "".join(names)
 
@@ -587,14 +572,15 @@ _FUNCTIONS = {
     **{name: getattr(_MP, name.replace("arc", "a")) for name in _ELEMENTARY},
 }
 _CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
-_LETTERS = "Gamma Delta Theta Lambda Sigma Phi Psi Omega zeta eta Xi Pi varphi ell hbar pi infty"
+_LETTERS = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
+phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar infty"""
 # How Python writes the signs. {x} is a set of one item; so brackets that do not belong together, as
 # in {x), are an error of syntax.
 _SIGNS = {sign: sign for sign in "+-*/()[],"}
 _SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 _TOKEN = re.compile(
     rf"""(\d+\.?\d* | \.\d+)                                    # a number
-    | ((?: \\(?:{"|".join([*_GREEK.split(), *_LETTERS.split()])})(?![A-Za-z]) | [A-Za-z])
+    | ((?: \\(?:{"|".join(_LETTERS.split())})(?![A-Za-z]) | [A-Za-z])
        (?:_\w+ | _\{{[^{{}}]*\}})?)                             # a letter
     | \\({"|".join(_FUNCTIONS)})(?![A-Za-z])                    # a function
     | (\}}\{{ | \\?[^ ~])                                       # a sign
@@ -802,23 +788,27 @@ def _same_value(a, b):
     """Tell whether two expressions or equations have the same value; b is the gold one."""
     unit, sides = _sides(a)
     gold_unit, gold_sides = _sides(b)
-    if not sides or not gold_sides:
-        return False
-    if unit and gold_unit and unit != gold_unit:
+    if not sides or not gold_sides or (unit and gold_unit and unit != gold_unit):
         return False
     if len(sides) == len(gold_sides) == 2:
-        if sides[0] == gold_sides[0] and re.fullmatch(_NAME, sides[0]):
-            return _same(sides[1], gold_sides[1])
-        x, y = (parse(f"({left})-({right})") for left, right in (sides, gold_sides))
-        if not x or not y or 0 in x or 0 in y:
+        return _same_equation(sides, gold_sides)
+    first, *others = [parse(side) for side in (*sides, *gold_sides)]
+    for other in others:  # of 9+9 = 18, too, all sides must be equal
+        if not first or not other or not all(map(_close, first, other)):
             return False
-        factors = [p * (1 / q) for p, q in zip(x, y, strict=True)]
-        return all(_close(factor, factors[0]) for factor in factors)
-    values = [parse(side) for side in (*sides, *gold_sides)]
-    if not all(values) or not all(all(map(_close, value, values[0])) for value in values):
-        return False  # of 9+9 = 18 all sides must be equal
     # Arithmetic that was not done earns nothing: a policy would copy the question.
     return not all(map(_is_number, gold_sides)) or not all(map(_is_undone, sides))
+
+
+def _same_equation(sides, others):
+    """Tell whether two equations are the same up to a factor: x = 2y and 2x = 4y."""
+    if sides[0] == others[0] and re.fullmatch(_NAME, sides[0]):  # in x = 1, y = 2
+        return _same(sides[1], others[1])
+    x, y = (parse(f"({left})-({right})") for left, right in (sides, others))
+    if not x or not y or 0 in x or 0 in y:
+        return False
+    factors = [p * (1 / q) for p, q in zip(x, y, strict=True)]
+    return all(_close(factor, factors[0]) for factor in factors)
 
 
 def _is_undone(text):
@@ -851,14 +841,11 @@ def is_equivalent(answer, gold):
     words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
     if words[0] == words[1] and re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", words[0]):
         return True
-    # 2e-1 is 0.2, unless one of the two has an e that is a factor.
-    factor = r"(?<![A-Za-z\\])e(?![A-Za-z]|[-+]?\d)|(?<![\w.\\])e"
-    if not re.search(factor, answer) and not re.search(factor, gold):
-        scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
-        answer = re.sub(scientific, r"\\sci{\1}{\2}", answer)
-        gold = re.sub(scientific, r"\\sci{\1}{\2}", gold)
+    # 2e-1 is 0.2, or 2 times e, minus 1; in both texts it is the same.
+    scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
+    numbers = [re.sub(scientific, r"\\sci{\1}{\2}", text) for text in (answer, gold)]
     try:
-        return _same_answer(answer, gold)
+        return any(_same_answer(*pair) for pair in {(answer, gold), tuple(numbers)})
     except ValueError:  # brackets that do not match
         return False
 

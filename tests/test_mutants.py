@@ -137,7 +137,7 @@ padding filled with the pad id: ids.where(mask, first) => ids
 arithmetic that was not done is paid: not all(map(_is_number, gold_sides)) => True
 a unit against another unit is paid: unit != gold_unit => False
 [reward._evaluate | reward equal or different
-all letters are the same number: f"{name} {point}" => f"{point}"
+all letters are the same number: f"{letter} {point}" => f"{point}"
 [reward._close | reward equal or different or exact
 numbers compared as floats: -500 => -40
 [reward._to_python | reward equal or different
