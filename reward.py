@@ -19,16 +19,21 @@ A percent sign is optional, unless the gold answer has one.
 >>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")
 ([True, True, True], False)
 
-Arithmetic has to be done: where the gold answer is a plain number, a sum or product earns nothing,
-for a policy would copy the question. Fractions, powers and roots are forms of a number.
+Arithmetic has to be done: where the gold answer is a plain number, a sum, difference or product
+earns nothing, for a policy would copy the question. Fractions, powers and roots are forms of a
+number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
-Letters are positive numbers. A word, or a call such as f(2x), is equal to the same text only.
->>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("on", "no")
+Letters are positive numbers (but for e, i and \pi), and some in a row are a product: 2ab is 2ba.
+>>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("5 red balls", "5")
 (True, False)
 
-Order is free in lists only.
+A word, a date, a ratio, a call such as f(2x) are equal to the same text only.
+>>> is_equivalent("on", "no"), is_equivalent("2020-07-04", "2009"), is_equivalent("f(2x)", "2f(x)")
+(False, False, False)
+
+Order is free in lists only, but x > 5 is 5 < x.
 >>> is_equivalent("2, 1", r"\{1, 2\}"), is_equivalent("(2, 1)", "(1, 2)")
 (True, False)
 
@@ -102,7 +107,7 @@ def _last_marked_line(completion):
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
-        if parse(expression):
+        if value_of(expression):
             return line
     return lines[-1] if lines else ""
 
@@ -219,7 +224,7 @@ def step_rewards(completion):
         for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):
             sides = [side.strip() for side in chain.split("=")]  # 3*4 = 12 = 24/2
             # A chain without a calculation on its left, such as +5 = 9, is half of one.
-            if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(parse, sides)):
+            if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(value_of, sides)):
                 checks += map(_holds, sides, sides[1:])
         if checks:
             rewards.append((step.end(), float(all(checks))))
@@ -228,8 +233,8 @@ def step_rewards(completion):
 
 def _holds(left, right):
     """Tell whether left = right; * and / may be rounded to the decimals of right: 10/3 = 3.33."""
-    exact = parse(left)[0]
-    shown = parse(right)[0]
+    exact = value_of(left)[0]
+    shown = value_of(right)[0]
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
     if exact == shown or not number or not re.search("[*/]", left):
         return exact == shown
@@ -356,36 +361,39 @@ def _last_token(spans, end):
 
 # --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
 
-# A text is cleaned: other spellings of the same thing become one. Its unit and name are taken off,
-# and lists, intervals and the like are taken apart. What is left is an expression. Python's own
-# parser makes a tree of it (`ast.parse` runs nothing), and `_evaluate` computes that tree, from a
-# closed list of node kinds. Whatever is not understood is opaque: equal to the same text only.
+# Read it from the bottom up, or in this order. `is_equivalent` cleans both texts (`clean`): other
+# spellings of the same thing become one. `_same_answer` takes off names, `_same` takes lists,
+# intervals and the like apart, `_same_value` takes off units. What is left is an expression.
+# Python's own parser makes a tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate`
+# computes that tree, from a closed list of node kinds. Whatever is not understood is opaque: equal
+# to the same text only.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # Between two semicolons: characters, and what they become.
 _CHARACTERS = dict.fromkeys(map(ord, "\u200b\ufeff`"))  # nothing
-for _line in r"""− – ‐ ‑ -;· ⋅ ∙ *;÷ ⁄ ∕ /;∣ |;。 .;≤ ⩽ ≦ <=;≥ ⩾ ≧ >=;≠ \ne;± \pm;× \times
+for _line in r"""− – ‐ -;· ⋅ ∙ *;÷ ⁄ ∕ /;∣ |;。 .;≤ ⩽ ≦ <=;≥ ⩾ ≧ >=;≠ \ne;± \pm;× \times
 ∈ \in;∪ \cup;∩ \cap;∅ \emptyset;∞ \infty;⟨ \langle;⟩ \rangle;π \pi;α \alpha;β \beta;γ \gamma
 δ \delta;ε \epsilon;θ \theta;κ \kappa;λ \lambda;μ \mu;ν \nu;ξ \xi;ρ \rho;σ \sigma;τ \tau
 φ \phi;χ \chi;ψ \psi;ω \omega""".replace("\n", ";").split(";"):
     *_old, _new = _line.split()
     _CHARACTERS |= dict.fromkeys(map(ord, _old), _new + " " if "\\" in _new else _new)
-_ELEMENTARY = ["arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "exp"]
-_CALLED = "|".join([*_ELEMENTARY, r"log(?=_|\[)"])
+_ELEMENTARY = ["arcsin", "arccos", "arctan", "sin", "cos", "tan", "cot", "sec", "csc", "ln", "log"]
+_ELEMENTARY += ["exp"]
+_CALLED = "|".join(_ELEMENTARY)
 _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"^(\*\*|[\"'])(.+)\1$", r"\2"),  # **18**
-    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"(?<!\\)\$\$?((?:[^$\\]|\\.)*)\$\$?", r" \1 "),  # $18$
     (r"\\\(|\\\)|^\\\[|\\\]$", " "),  # \(18\)
     (r"\\\$", "$"),  # \$18
     (r"\\pounds(?![a-z])", "£"),  # \pounds 18
     (r"\{([,:])\}|,\\! ?", lambda match: match[1] or ","),  # 1{,}000 and 1,\!000
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),  # {1\over2}
+    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
     (r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}", r"~\1~"),  # \text{cm}
     (r"\{ ?\\rm ([^{}]*)\}", r"~\1~"),  # {\rm cm}
     (r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([^{}]*)\}", r" \1 "),  # \mathbf{v}
-    (r"\\(?:left|right|displaystyle|mathrm|boldsymbol|rm|!)(?![A-Za-z])", ""),  # \left(1\right)
-    (r"(?<!\\)\\(?:q?quad(?![a-z])|[,;: ])|(?<!\\)\\$", " "),  # 2\,x
+    (r"\\(?:(?:left|right|displaystyle|mathrm|boldsymbol|rm)(?![A-Za-z])|!)", ""),  # \left(1\right)
+    (r"(?<!\\)\\(?:q?quad(?![a-z])|[,;: ])", " "),  # 2\,x
     (r"\\[dtc]frac|\\nicefrac", r"\\frac"),  # \dfrac12
     (r"\\cdot(?![a-z])", "*"),  # 2 \cdot x
     (r"(?<=[\d)}\]]) ?\\times(?![a-z])|\\times ?(?=[\d(\\])", "*"),  # 2\times x, not a\times b
@@ -395,7 +403,7 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"\\lt(?![a-z])", "<"),  # x \lt 2
     (r"\\gt(?![a-z])", ">"),  # x \gt 2
     (r"\\neq|\\not ?=|!=", r"\\ne "),  # x \neq 2
-    (r"\\in(?![a-z])", "="),  # x \in S is read as x = S
+    (r"\\in(?![a-z])", "="),  # x \in S is x = S: the name may be left out
     (r"\\varepsilon", r"\\epsilon"),
     (r"\\varnothing|\\\{ *\\\}", r"\\emptyset"),  # \{\}
     (r"\\[lr]?[vV]ert(?![a-z])", "|"),  # \vert x\vert
@@ -405,9 +413,9 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"\b([ap])\.m\b\.?", r"\1m"),  # 5 a.m.
     (r",?[ ~]+(?:and|or)[ ~]+", ", "),  # 1 and 2
     (r"_ ?\{[ ~]*(\w+)[ ~]*\}", r"_\1 "),  # x_{1}
-    (r"√ ?(\d+|\([^()]*\))|\\?\bsqrt ?(\d)", r"\\sqrt{\1\2}"),  # √5
+    (r"√ ?(\d+|\([^()]*\))", r"\\sqrt{\1}"),  # √5
     (r"(?<![A-Za-z\\])(?=(?:sqrt|pi)(?![A-Za-z]))", r"\\"),  # sqrt{5}
-    (rf"(?<![A-Za-z\\])[ ~]*({_CALLED})(?![A-Za-z])~?", r"\\\1"),  # ln 2
+    (rf"(?<![A-Za-z\\])[ ~]*({_CALLED})(?![A-Za-z])~?(?=[ ~]*[\w(\[{{\\^])", r"\\\1"),  # ln 2
     (r"\\(sin|cos|tan) ?\^ ?(?:-1|\{ ?-1 ?\})", r"\\arc\1"),  # \tan^{-1} x
     (r"\\log_(\w+)", r"\\log[\1]"),  # \log_2 3
     (r"\\((?:sin|cos|tan|cot|sec|csc) ?[({]? ?)([\d.]+) ?°", r"\\\1\\degree{\2}"),  # \sin 30°
@@ -430,7 +438,7 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"(\d+|(?<![A-Za-z])[A-Za-z]|\([^()]*\))!(?!!)", r"\\factorial{\1}"),  # 5!
     # \sin 2x is \sin{2x}
     (
-        rf"\\({_CALLED}|log\[\w+\]) ?(?![({{])"
+        rf"\\((?:{_CALLED})(?:\[\w+\])?) ?(?![({{])"
         r"((?: ?(?:[\d.]+|[A-Za-z](?![A-Za-z])(?:_\w+)?|\\pi(?![a-z])|\\degree\{[\d.]+\})"
         r"|\\(?:alpha|beta|theta|phi|omega)(?![a-z]))+)",
         r"\\\1{\2}",
@@ -446,12 +454,12 @@ _OPAQUE = re.compile(
     ).* | [A-Za-z~ ]*[A-Za-z]{2}[A-Za-z~ ]*""",
     re.X | re.S,
 )
-# Dates, scores, sizes: 2020-07-04, 3-1, 2*3. No number is their value.
+# Dates, scores, sizes: 2020-07-04, 3-1, 2*3, and 7/4/2020. They have no value, as gold answer, too.
 _SEVERAL_NUMBERS = re.compile(r"\d+(?: ?[-*] ?\d+)+|\d+/\d+/\d{2,}|\d{4}/\d+/\d+")
 
 
 def clean(text):
-    r"""Return one spelling for all texts that mean the same, or "" if there is no text or too much.
+    r"""Bring a text into one spelling of signs and commands; "" if there is no text or too much.
 
     >>> clean(r"$1,234.50$."), clean(r"\dfrac12"), clean("１８"), clean(r"\left(1\right)")
     ('1234.50', '\\frac{1}{2}', '18', '(1)')
@@ -470,7 +478,8 @@ def clean(text):
     return text.strip() if len(text) <= MAX_LENGTH else ""
 
 
-# Units: a closed list, each with its spellings.
+# Units: a closed list, each with its spellings. At the end: what a unit's name is made of, too. A
+# square inch is inch2, and mph is mile/hour.
 _UNITS = {}
 for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm millimetre 毫米
 kilometer km kilometre 千米 公里|decimeter dm 分米|inch in|foot ft feet|yard yd|mile mi
@@ -487,11 +496,14 @@ game|glass|item|page|piece|point|ride|slice|step|ticket|time|toy|tree|way|word
         plurals = ("", "s", "es") if len(_word) > 1 else ("",)
         _UNITS |= {_word + end: _line.split()[0] for end in plurals}
 _SYMBOLS = "".join(re.findall(r"\b[A-Za-z]\b", " ".join(_UNITS)))
-_WORDS = sorted(_UNITS.keys() - {*_SYMBOLS, *"/23", "per"}, key=len, reverse=True)
-_WORDS = "|".join(map(re.escape, _WORDS))
+_WORDS = "|".join(
+    re.escape(word)
+    for word in sorted(_UNITS, key=len, reverse=True)
+    if word not in ("/", "per", "2", "3", *_SYMBOLS)
+)
 _UNIT = re.compile(
     rf"""(?<=[\d)}}\]%!°a-z])                       # behind a value
-    (?! [ ]*/?[ ]*[A-Za-z](?![A-Za-z]) )            # 18 m is a product, 18\text{{ m}} is not
+    (?! [ ]*/?[ ]*[A-Za-z](?![A-Za-z]) )            # 18 m is a product; in \text it is a unit
     (?: [ ~]* (?:/|\*|per\b)? [ ~]*
         (?: (?<![A-Za-z]) (?: (?i:{_WORDS})\.? | [{_SYMBOLS}] ) (?![A-Za-z]) | ° )
         (?: [ ~]*\^\{{?[23]\}}? )?
@@ -502,20 +514,21 @@ _UNIT = re.compile(
 
 def _split_unit(text):
     r"""Split "18 square inches", or "18 in^2", into ("18", "inch2"); "18 apes" has no unit."""
-    match = _UNIT.search(text, max(0, len(text) - 60))
+    match = _UNIT.search(text, max(0, len(text) - 60))  # no unit is longer
     if not match:
         return text, ""
     words = re.findall(rf"(?i:{_WORDS}|per)|[A-Za-z/23]", match[0])
-    names = [_UNITS.get(word) or _UNITS[word.casefold()] for word in words]
-    names.sort(key="23".__contains__)  # square meters are meter2; the order of other words counts
-    return text[: match.start()].rstrip(" ~"), "".join(names)
+    unit = "".join(_UNITS.get(word) or _UNITS[word.casefold()] for word in words)
+    unit = re.sub(r"(^|/)([23])([^/]+)", r"\1\3\2", unit)  # 2meter, a square meter, is meter2
+    return text[: match.start()].rstrip(" ~"), unit
 
 
+# Names: x, A_1, \theta, f(x), (x, y).
 _NAME = r"(?:\\?[A-Za-z]+(?:_\w+|_\{[^{}]*\})?[ ~]?(?:\([\w, ]*\))?|\([a-z](?:, ?[a-z])+\))[ ~]*"
 
 
 def _split_name(text):
-    """Split "x=5" into ("x", "5"), and "x=5, x=6" into ("x", "5,6").
+    """Split "x=5" into ("x", "5"), and "x=5, x=6" into ("x", "5, 6").
 
     "2x = 5" is an equation and gives ("", "2x = 5").
     """
@@ -568,8 +581,8 @@ _FUNCTIONS = {
     "factorial": _factorial,
     "binom": lambda n, k: _factorial(n) / (_factorial(k) * _factorial(n + -k)),
     "degree": lambda angle: angle * _MP.pi / 180,
-    "log": _MP.log,
-    **{name: getattr(_MP, name.replace("arc", "a")) for name in _ELEMENTARY},
+    **{name: getattr(_MP, name.replace("arc", "a")) for name in _ELEMENTARY},  # asin
+    "log": lambda value, base: _MP.log(value, base),  # without a base it may mean two things
 }
 _CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
@@ -621,8 +634,8 @@ def _evaluate(node, point, depth=0):
         case ast.Constant(value=str(number)) if number[0] in ".0123456789":
             value = Fraction(number)
         case ast.Constant(value=str(letter)):
-            number = 2 + _MP.mpf(zlib.crc32(f"{letter} {point}".encode())) / 2**32
-            value = _CONSTANTS.get(letter, number)
+            unknown = 2 + _MP.mpf(zlib.crc32(f"{letter} {point}".encode())) / 2**32
+            value = _CONSTANTS.get(letter, unknown)
         case ast.Set(elts=[child]) | ast.UnaryOp(op=ast.UAdd(), operand=child):
             value = inside(child)
         case ast.UnaryOp(op=ast.USub(), operand=child):
@@ -631,6 +644,7 @@ def _evaluate(node, point, depth=0):
             value = _OPERATORS[type(sign)](inside(left), inside(right))
         case ast.Call(func=ast.Name(id=name), args=arguments):
             value = _FUNCTIONS[name](*map(inside, arguments))
+        # \sqrt[3]{8} or \log[2]{8}
         case ast.Call(func=ast.Subscript(value=ast.Name(id=name), slice=index), args=[child]):
             value = _FUNCTIONS[name](inside(child), inside(index))
         case _:
@@ -650,17 +664,17 @@ def _tree(text):
 
 
 @functools.lru_cache(maxsize=1000)  # the answers of a group are compared with one gold
-def parse(text):
+def value_of(text):
     r"""Return the values of a cleaned expression at three points, or None if it has no value.
 
     The letters stand for other numbers at each point.
 
-    >>> parse(r"\frac{3}{4}")[0], parse("1/0"), parse("1 8"), parse("9^{9^{9^9}}")
+    >>> value_of(r"\frac{3}{4}")[0], value_of("1/0"), value_of("1 8"), value_of("9^{9^{9^9}}")
     (Fraction(3, 4), None, None, None)
     """
     try:
         return [_evaluate(_tree(text), point) for point in range(3)]
-    except (ValueError, TypeError, LookupError, ArithmeticError, AttributeError):
+    except (ValueError, TypeError, LookupError, ArithmeticError):
         return None
 
 
@@ -702,7 +716,7 @@ def _structure(text):
 
     kind: "," of a list or set, "(]" of an interval, "matrix 2", "\cup", "<".
     """
-    if r"\pm" in text or r"\mp" in text:
+    if re.search(r"\\(?:pm|mp)(?![a-z])", text):
         return ",", _plus_and_minus(text)
     matrix = re.fullmatch(r"[(\[]?\\begin (.*?)(?:\\\\ ?)?\\end ?[)\]]?", text)
     if matrix:
@@ -716,20 +730,21 @@ def _structure(text):
     if kind:
         return kind, items
     items, found = _split(text, r"<=|>=|<|>|\\ne(?![a-z])")
-    if all(sign[0] == ">" for sign in found):  # x > 5 is 5 < x
+    if found and all(sign[0] == ">" for sign in found):  # x > 5 is 5 < x
         found = [sign.replace(">", "<") for sign in reversed(found)]
         items = items[::-1]
     return "".join(found), items
 
 
 def _plus_and_minus(text):
-    r"""Read 1 \pm 2 as the list of 1 + 2 and 1 - 2; what both hold counts once."""
-    upper = text.replace(r"\pm", "+").replace(r"\mp", "-")
-    lower = text.replace(r"\pm", "-").replace(r"\mp", "+")
+    r"""Read 1 \pm 2 as the list of 1 + 2 and 1 - 2; 1 \pm 2, 5 has three items."""
     items = []
-    for item in (*_structure(upper)[1], *_structure(lower)[1]):
-        if not any(_same(item, other) for other in items):
-            items.append(item)
+    for plus, minus in ("+-", "-+"):
+        signed = re.sub(r"\\pm(?![a-z])", plus, re.sub(r"\\mp(?![a-z])", minus, text))
+        kind, parts = _structure(signed)
+        for item in parts if kind == "," else [signed]:
+            if not any(_same(item, other) for other in items):
+                items.append(item)
     return items
 
 
@@ -755,7 +770,7 @@ def _bare(text):
 
 
 def _same(a, b):
-    """Tell whether two cleaned texts are the same text, or have the same parts or value."""
+    """Tell whether two cleaned texts are the same text, or the same parts or value. b: gold."""
     if _bare(a) == _bare(b):
         return True
     kind, items = _structure(a)
@@ -792,19 +807,20 @@ def _same_value(a, b):
         return False
     if len(sides) == len(gold_sides) == 2:
         return _same_equation(sides, gold_sides)
-    first, *others = [parse(side) for side in (*sides, *gold_sides)]
+    first, *others = [value_of(side) for side in (*sides, *gold_sides)]
     for other in others:  # of 9+9 = 18, too, all sides must be equal
         if not first or not other or not all(map(_close, first, other)):
             return False
     # Arithmetic that was not done earns nothing: a policy would copy the question.
-    return not all(map(_is_number, gold_sides)) or not all(map(_is_undone, sides))
+    copied = all(map(_is_number, gold_sides)) and all(map(_is_undone, sides))
+    return not copied
 
 
 def _same_equation(sides, others):
     """Tell whether two equations are the same up to a factor: x = 2y and 2x = 4y."""
-    if sides[0] == others[0] and re.fullmatch(_NAME, sides[0]):  # in x = 1, y = 2
+    if sides[0] == others[0] and re.fullmatch(_NAME, sides[0]):  # A = (1, 2), in a list
         return _same(sides[1], others[1])
-    x, y = (parse(f"({left})-({right})") for left, right in (sides, others))
+    x, y = (value_of(f"({left})-({right})") for left, right in (sides, others))
     if not x or not y or 0 in x or 0 in y:
         return False
     factors = [p * (1 / q) for p, q in zip(x, y, strict=True)]
@@ -812,7 +828,7 @@ def _same_equation(sides, others):
 
 
 def _is_undone(text):
-    """Tell whether something is left to add or multiply: 9+9, not 36/2 or 2^3."""
+    """Tell whether something is left to add, subtract or multiply: 9+9, not 36/2 or 2^3."""
     undone = (ast.Add, ast.Sub, ast.Mult)
     return any(isinstance(node, undone) for node in ast.walk(_tree(text)))
 
@@ -838,16 +854,21 @@ def is_equivalent(answer, gold):
     gold = clean(gold)
     if not answer or not gold:
         return False
-    words = [re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold() for text in (answer, gold)]
-    if words[0] == words[1] and re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", words[0]):
+    if _word(answer) and _word(answer) == _word(gold):
         return True
-    # 2e-1 is 0.2, or 2 times e, minus 1; in both texts it is the same.
+    # Read 2e-1 as 0.2 in both texts, or in both as 2 times e, minus 1.
     scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
     numbers = [re.sub(scientific, r"\\sci{\1}{\2}", text) for text in (answer, gold)]
     try:
         return any(_same_answer(*pair) for pair in {(answer, gold), tuple(numbers)})
     except ValueError:  # brackets that do not match
         return False
+
+
+def _word(text):
+    """Return a text without case, spaces and the brackets of (A), if it is a word, else ""."""
+    word = re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold()
+    return word if re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", word) else ""
 
 
 def _same_answer(answer, gold):
@@ -859,6 +880,7 @@ def _same_answer(answer, gold):
     pairs = [(answer, gold)] if name != gold_name else []
     if name == gold_name or not name or not gold_name:
         pairs.append((value, gold_value))
-        if "%" not in gold and not _split_unit(gold)[1]:  # read as a unit
+        # 50% may stand for 50, as if % were a unit.
+        if "%" not in gold and not _split_unit(gold)[1]:
             pairs.append((re.sub(r"^(-?[^-+*/,%]*)%$", r"\1", value), gold_value))
     return any(_same(*pair) for pair in pairs)

@@ -162,9 +162,9 @@ def clean(text):
     return reward.clean(text)
 
 
-def parse(text):
+def value_of(text):
     """A cleaned text -> its value at three points, exact where it can be, or None."""
-    return reward.parse(text)
+    return reward.value_of(text)
 
 
 def is_equivalent(answer, gold):
