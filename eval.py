@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import random
 import re
 import socket
@@ -23,6 +24,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
 
+import mpmath  # comes with torch
 import numpy
 import torch
 import transformers
@@ -92,7 +94,8 @@ def eos_token_ids(model, tokenizer):
     if tokenizer.chat_template:  # which special token does the template put behind an answer?
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-        behind = tokenizer(text.rpartition("ANSWER")[2], add_special_tokens=False).input_ids
+        _, answer, rest = text.rpartition("ANSWER")
+        behind = tokenizer(rest if answer else "", add_special_tokens=False).input_ids
         special = set(tokenizer.all_special_ids) | set(tokenizer.added_tokens_decoder)
         ids |= set([token for token in behind if token in special][:1])
     return ids - {None}
@@ -123,7 +126,7 @@ def sample_problems(
     rows_at_once=ROWS_AT_ONCE,
     generator=None,
 ):
-    """Sample a group of completions for each of B problems, about rows_at_once of them together.
+    """Sample a group of completions for each of B problems, at most rows_at_once of them together.
 
     Returns prompt ids and mask (B, P), `Samples` of N = B * group_size rows, and N texts.
     """
@@ -131,23 +134,25 @@ def sample_problems(
     prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
-    size = max(1, rows_at_once // group_size)  # questions at once
+    together = min(group_size, rows_at_once)  # of a group
+    size = rows_at_once // together  # questions at once; 1 if a group is cut
     parts = []
     with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:
         for ids, mask in zip(prompt_ids.split(size), prompt_mask.split(size), strict=True):
-            parts.append(
-                sample_groups(
-                    model,
-                    ids,
-                    mask,
-                    group_size,
-                    max_new_tokens,
-                    eos_ids,
-                    pad_id,
-                    temperature,
-                    generator,
+            for first in range(0, group_size, together):
+                parts.append(
+                    sample_groups(
+                        model,
+                        ids,
+                        mask,
+                        min(together, group_size - first),
+                        max_new_tokens,
+                        eos_ids,
+                        pad_id,
+                        temperature,
+                        generator,
+                    )
                 )
-            )
             bar.update(len(ids))
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
@@ -176,7 +181,8 @@ def evaluate(
 
     Returns scores, a dict: n; greedy, sampled (the mean of K), maj@k and pass@k for k = 1, 2, 4
     ... K, with their intervals; the shares flexible (the last number is right), truncated and
-    unparsable. Then records, a dict per completion, and measures, one number per problem.
+    unparsable. Then records, a dict per completion, and measures, one number per problem. Raises
+    FloatingPointError if the log-probs of the model are inf or nan.
     """
     scores = {"n": len(problems)}
     records = {}
@@ -188,6 +194,8 @@ def evaluate(
         *_, drawn, texts = sample_problems(
             model, tokenizer, problems, K, max_new_tokens, T, rows_at_once, generator
         )
+        if not drawn.logp.isfinite().all():
+            raise FloatingPointError("the model's log-probs are inf or nan: it has diverged")
         truncated = drawn.truncated.tolist()
         graded = [grade(problems[i // K], text, truncated[i]) for i, text in enumerate(texts)]
         records[kind] = graded
@@ -259,7 +267,7 @@ def maj_at_k(answers, gold, k):
 def interval(values):
     """Compute the 95% interval (low, high) of a mean of values in [0, 1], one per question.
 
-    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else the mean +- 1.96
+    Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else the mean +- t
     standard errors. (The samples of one question are not independent: hence one per question.)
     """
     n = len(values)
@@ -271,8 +279,19 @@ def interval(values):
         half = z * math.sqrt(mean * (1 - mean) / n + (z / (2 * n)) ** 2) / scale
     else:
         centre = mean
-        half = z * numpy.std(values, ddof=1) / math.sqrt(n)
+        half = students_t(n) * numpy.std(values, ddof=1) / math.sqrt(n)
     return float(max(0.0, centre - half)), float(min(1.0, centre + half))
+
+
+@functools.cache
+def students_t(n):
+    """Return the t of a 95% interval from n values: 12.7 for 2, 2.26 for 10, 1.96 for very many."""
+    nu = n - 1
+
+    def outside(t):  # the chance to be farther than t from the mean, less 5%
+        return mpmath.betainc(nu / 2, 0.5, 0, nu / (nu + t * t), regularized=True) - 0.05
+
+    return float(mpmath.findroot(outside, (1.9, 13), solver="anderson"))
 
 
 def compare(paths):
@@ -282,18 +301,28 @@ def compare(paths):
     """
     try:
         files = [json.loads(Path(path).read_text()) for path in paths]
-        before, after = (file["measures"] for file in files)
-        if files[0]["questions"] != files[1]["questions"]:
-            raise ValueError("they are about different problems")
-    except (ValueError, LookupError, TypeError) as error:
+        questions = files[0]["questions"]
+        if not questions or questions != files[1]["questions"]:
+            raise ValueError("they are about different problems, or none")
+        before, after = (
+            {
+                name: numpy.array(values, dtype=float).reshape(len(questions))
+                for name, values in file["measures"].items()
+            }
+            for file in files
+        )
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--compare wants two JSON files of eval.py: {error}") from error
     lines = []
     for name in [name for name in before if name in after]:
-        change = numpy.subtract(after[name], before[name])  # one per question
+        change = after[name] - before[name]  # one per question
         mean = change.mean()
-        half = 1.96 * change.std(ddof=1) / math.sqrt(len(change))
-        line = f"{name:<8} {fmean(before[name]):.3f} -> {fmean(after[name]):.3f}: {mean:+.3f}"
-        line += f", 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+        line = f"{name:<8} {before[name].mean():.3f} -> {after[name].mean():.3f}: {mean:+.3f}"
+        if len(set(change)) > 1:
+            half = students_t(len(change)) * change.std(ddof=1) / math.sqrt(len(change))
+            low = max(-1.0, mean - half)
+            high = min(1.0, mean + half)
+            line += f", 95% interval {low:+.3f} to {high:+.3f}"
         if {*before[name], *after[name]} <= {0, 1}:
             up = int((change > 0).sum())
             down = int((change < 0).sum())
@@ -490,12 +519,20 @@ def parse_problem(text, line):
     return Problem(question, gold, solution, line=line)
 
 
-def drop_long_problems(model, tokenizer, problems, max_new_tokens):
-    """Keep the problems whose prompts and completions fit the model. Raises InputError if none."""
+def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
+    """Keep the problems whose prompts and completions fit the model. Raises InputError if none.
+
+    max_new_tokens: the limit of a completion; without one their solutions have to fit.
+    """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    room = (positions or math.inf) - max_new_tokens
-    kept = [problem for problem in problems if len(build_prompt(tokenizer, problem)) <= room]
-    limit = f"the {room} tokens that --max-new-tokens {max_new_tokens} leaves of the context"
+
+    def length(problem):
+        solution = tokenizer(problem.solution, add_special_tokens=False).input_ids
+        return len(build_prompt(tokenizer, problem)) + (max_new_tokens or len(solution) + 1)
+
+    kept = [problem for problem in problems if length(problem) <= (positions or math.inf)]
+    behind = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
+    limit = f"the {positions} tokens of the context, with {behind}"
     if not kept:
         raise InputError(f"no prompt fits into {limit}: lower it")
     if len(kept) < len(problems):
@@ -532,11 +569,19 @@ def load_model(name, device):
             for key, value in vars(part).items():
                 if isinstance(value, float) and re.search("drop|jitter", key):
                     setattr(part, key, 0.0)
+                if key == "output_router_logits":  # for a loss of mixtures of experts
+                    setattr(part, key, False)
         # TRAP: without dtype= bf16 weights stay bf16, and small steps are rounded away
         # (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, output_loading_info=True
+            name,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below
         )
+        if info["mismatched_keys"]:
+            raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
         if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
@@ -557,18 +602,41 @@ def check_tokenizer(tokenizer):
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
         raise ValueError("its tokenizer is missing, or has no EOS token to end a completion")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks go by position
-    one, two = (build_prompt(tokenizer, Problem(question, "")) for question in ("1+1", "2+2"))
-    if one == two:
+    text = question = "What is 1+1?\nWrite 2."
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": question}]
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    if question not in text:
         raise ValueError("its chat template drops the question; does it want a list of parts?")
 
 
 def save_model(model, tokenizer, folder):
-    """Write a folder for from_pretrained, without the sampling settings of another model."""
+    """Write a folder for from_pretrained, without the sampling settings of another model.
+
+    Raises OSError.
+    """
     model.generation_config = GenerationConfig(
         eos_token_id=sorted(eos_token_ids(model, tokenizer)), pad_token_id=tokenizer.pad_token_id
     )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # a full disk is an OSError, or an error of safetensors
+        raise OSError(f"{folder} could not be written: {error}") from error
+
+
+def write_whole(path, write):
+    """Write a file by `write`, given its path, so that it is there whole or not at all.
+
+    Raises OSError, and then an older file of that name is as it was.
+    """
+    unfinished = Path(f"{path}.part")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # a full disk is either
+        unfinished.unlink(missing_ok=True)
+        raise OSError(f"{path} could not be written: {error}") from error
 
 
 # --- 5. The command line: may be skipped --------------------------------------------------------
@@ -587,11 +655,12 @@ class Options:
     limit: int = opt(0, "take only the first LIMIT problems; 0: all")
     samples: int = opt(8, "samples per problem, beside the greedy one")
     temperature: float = opt(1.0, "of the samples")
-    max_new_tokens: int | None = opt(None, "limit of a completion in tokens (none: the run's; 512)")
+    max_new_tokens: int = opt(512, "limit of a completion in tokens (not given: the run's)")
     request: str | None = opt(None, "what follows each question (none: the run's, or the usual)")
     rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
     seed: int = opt(0, "of the samples")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
+    threads: int = opt(0, "threads of a CPU; 0: its own choice (not given: the run's)")
     ask: str = opt("", "print the greedy answer to this question, then stop")
     compare: list[str] | None = opt(None, "compare two files of eval.py, then stop")
     out: str = opt("", "JSON file to write (empty: runs/eval-<problems>-<date>-<time>.json)")
@@ -612,22 +681,37 @@ def parse_options(kind, argv, description, **defaults):
     return kind(**vars(parser.parse_args(argv)))
 
 
+# So many at most of what a list in memory has.
+MOST = dict.fromkeys(("questions", "group_size", "samples", "eval_samples", "reward_size"), 100_000)
+
+
 def check_bounds(options, bounds):
     """Raise InputError for a number that is not finite, or below its bound (0 if not named)."""
     for name, value in vars(options).items():
         least = bounds.get(name, 0)
-        if isinstance(value, (int, float)) and not least <= value < 2**63:
+        most = MOST.get(name, 2**63 - 1)
+        if isinstance(value, (int, float)) and not least <= value <= most:
             flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} must be finite and at least {least}, not {value}")
+            limit = f" and at most {most}" if name in MOST else ""
+            raise InputError(f"{flag} must be finite and at least {least}{limit}, not {value}")
+
+
+def as_flags(options):
+    """Write a dict of options as a command line, in which the parser then checks their types."""
+    names = [name for name, value in options.items() if value is not None]
+    return [f"--{name.replace('_', '-')}={options[name]}" for name in names]
 
 
 def run_cli(main):
     """Run a main function; what the user can mend becomes one line on stderr and exit status 1."""
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()  # its reports go before our line
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     try:
         main(sys.argv[1:])
-    except (torch.OutOfMemoryError, MemoryError):
+    except (RuntimeError, MemoryError) as error:
+        if not re.search("MemoryError|allocate memory", repr(error)):  # of a GPU, of a CPU
+            raise
         sys.exit("error: out of memory; lower --rows-at-once, or in training --micro-tokens")
     except ModuleNotFoundError as error:
         sys.exit(f"error: {error}; pip install {error.name}")
@@ -646,29 +730,33 @@ def versions():
     }
 
 
-def read_run(folder):
-    """Return the options of the run of train.py in a folder; most models are none: then {}."""
+def read_run(folder, part="config"):
+    """Return a part of the run.json in a folder, a dict, or {} if there is none.
+
+    Parts: "config", the options of train.py; "conditions", what the numbers depend on besides.
+    """
     try:
-        config = json.loads(Path(folder, "run.json").read_text())["config"]
+        found = json.loads(Path(folder, "run.json").read_text())[part]
     except (OSError, ValueError, LookupError, TypeError):
         return {}
-    return config if isinstance(config, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
 def main(argv):
-    options = parse_options(Options, argv, "Measure how well a model solves problems.")
+    about = "Measure how well a model solves problems."
+    options = parse_options(Options, argv, about)
     if options.compare:
         print(compare(options.compare))
         return
     if not options.model:
         raise InputError("--model is required; see eval.py --help")
     run = read_run(options.model)  # fills in what is not given
-    held_out = run.get("eval_problems", "").partition(",")[0]
-    name = options.problems = options.problems or held_out or run.get("problems", "")
+    given = {name: run.get(name) for name in ("problems", "max_new_tokens", "request", "threads")}
+    if run.get("eval_problems"):
+        given["problems"] = str(run["eval_problems"]).partition(",")[0]
+    options = parse_options(Options, as_flags(given) + argv, about)
+    name = options.problems
     options.split = options.split or ("in" if name == "arithmetic" else "test")
-    options.max_new_tokens = options.max_new_tokens or run.get("max_new_tokens", 512)
-    if options.request is None:
-        options.request = run.get("request")
     if options.request is None:
         options.request = REQUESTS.get(name, MATH_REQUEST)
     if not (name or options.ask):
@@ -681,12 +769,12 @@ def main(argv):
         problems = [Problem(options.ask, "", request=options.request)]
     else:
         problems = load_problems(name, options.split, options.request)
-    report(options, problems[: options.limit or None], out, run.get("threads"))
+    report(options, problems[: options.limit or None], out)
 
 
-def report(options, problems, out, threads):
+def report(options, problems, out):
     """Evaluate and print a table and a transcript of each kind; or only print an answer."""
-    device, bf16 = pick_device(options.device, threads)
+    device, bf16 = pick_device(options.device, options.threads)
     model, tokenizer = load_model(options.model, device)
     problems = drop_long_problems(model, tokenizer, problems, options.max_new_tokens)
     if bf16:
@@ -696,6 +784,8 @@ def report(options, problems, out, threads):
         print(texts[0])
         return
     out.parent.mkdir(parents=True, exist_ok=True)
+    out.touch()  # if that fails, it fails before the work
+    out.unlink()
     scores, records, measures = evaluate(
         model,
         tokenizer,
@@ -718,7 +808,7 @@ def report(options, problems, out, threads):
         "questions": [problem.question for problem in problems],
         "records": records,
     }
-    out.write_text(json.dumps(result))
+    write_whole(out, lambda part: part.write_text(json.dumps(result)))
     print(f"all of it has been written to {out}")
 
 

@@ -67,7 +67,7 @@ def outcome_advantages(rewards, scale="std"):
         raise ValueError(f"rewards must be (B, G) with G at least 2, not {tuple(rewards.shape)}")
     if scale not in ("std", "none"):
         raise ValueError(f'scale must be "std" or "none", not "{scale}"')
-    r = at_least_float32(rewards)
+    r = rewards.double()  # float32 cannot tell 1e8 from 1e8 + 1
     # TRAP: mean and std are those of the row, the question's own group, never of the batch
     # (test_groups_do_not_mix).
     mean = r.mean(dim=1, keepdim=True)  # (B, 1)
@@ -76,7 +76,8 @@ def outcome_advantages(rewards, scale="std"):
     # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny
     # std they would be of order 1 (test_equal_rewards_give_exactly_zero).
     equal = r.amax(dim=1, keepdim=True) - r.amin(dim=1, keepdim=True) < EQUAL_REWARDS  # (B, 1)
-    return advantages.masked_fill(equal, 0.0)
+    dtype = torch.promote_types(rewards.dtype, torch.float32)
+    return advantages.masked_fill(equal, 0.0).to(dtype)
 
 
 def process_advantages(rewards, ends, mask, group_size, scale="std"):

@@ -169,8 +169,11 @@ def load_reward(name):
         return accuracy_rewards
     path, _, function = name.rpartition(":")
     try:
-        return runpy.run_path(path)[function]
-    except Exception as error:  # a user's file may fail in any way
+        loaded = runpy.run_path(path)[function]
+        if not callable(loaded):
+            raise TypeError(f"{function} is no function")
+        return loaded
+    except (Exception, SystemExit) as error:  # a user's file may fail in any way
         message = f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards"
         raise InputError(message) from error
 
@@ -186,7 +189,7 @@ def ask_reward(reward, prompts, completions, answer):
         rewards = [float(number) for number in numbers]
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a user's function may fail in any way
+    except (Exception, SystemExit) as error:  # a user's function may fail in any way
         raise InputError(f"--reward failed: {error!r}") from error
     if len(rewards) != len(completions) or not all(abs(number) < 1e30 for number in rewards):
         raise InputError(f"--reward: want {len(completions)} finite numbers, not {rewards}"[:300])

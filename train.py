@@ -10,9 +10,11 @@ sections 3 and 5. The rest may be skipped at first: 3. the supervised warm-up,
 8. checkpoints and signals, 9. the run.
 """
 
+import bisect
 import contextlib
 import copy
 import dataclasses
+import fcntl
 import itertools
 import json
 import os
@@ -29,12 +31,15 @@ from typing import Literal
 import numpy
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers.decoders import DecodeStream
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
 
 from eval import (
     ROWS_AT_ONCE,
+    Problem,
+    as_flags,
     build_prompt,
     check_bounds,
     drop_long_problems,
@@ -50,6 +55,7 @@ from eval import (
     sample_problems,
     save_model,
     versions,
+    write_whole,
 )
 from grpo import (
     Batch,
@@ -97,7 +103,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
     questions = [problem.question for problem in problems for _ in range(G)]
     answers = [problem.answer for problem in problems for _ in range(G)]
     outcomes = ask_reward(reward, questions, texts, answers)  # N numbers
-    rewards = torch.tensor(outcomes).view(-1, G)  # (B, G)
+    rewards = torch.tensor(outcomes, dtype=torch.float64).view(-1, G)  # (B, G)
 
     if config.supervision == "process":  # section 4.1.3: the steps, and the answer as the last
         steps, ends = rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward)
@@ -117,7 +123,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
         completion_ids=samples.completion_ids,
         mask=samples.mask,
         question=torch.arange(len(texts), device=prompt_ids.device) // G,
-        advantages=advantages.to(prompt_ids.device).expand(samples.mask.shape),
+        advantages=advantages.float().to(prompt_ids.device).expand(samples.mask.shape),
         weights=token_weights(in_loss, config.aggregate, config.max_new_tokens),
         logp_old=samples.logp,  # the sampler's; update overwrites them
         logp_ref=torch.zeros_like(samples.logp),  # add_reference fills them in
@@ -390,26 +396,23 @@ def rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward):
         earned = reward.judge(questions, texts, places)
     rewards = []
     ends = []
-    for i, text in enumerate(texts):
+    for i in range(len(texts)):
         ids = samples.completion_ids[i][samples.mask[i]].tolist()
-        rewards.append(torch.tensor([*earned[i], outcomes[i]]))
-        ends.append(torch.tensor([*step_ends(tokenizer, ids, text, places[i]), len(ids) - 1]))
+        rewards.append(torch.tensor([*earned[i], outcomes[i]], dtype=torch.float64))
+        ends.append(torch.tensor([*step_ends(tokenizer, ids, places[i]), len(ids) - 1]))
     pad = partial(pad_sequence, batch_first=True, padding_value=-1)
     return pad(rewards), pad(ends)
 
 
-def step_ends(tokenizer, ids, text, ends):
-    """Return for each end, in characters, the first token up to which ids decode to text[:end]."""
-    places = []
-    n = 0
-    for end in ends:  # they rise, so n never goes back
-        while (
-            n + 1 < len(ids)
-            and tokenizer.decode(ids[: n + 1], skip_special_tokens=True)[:end] != text[:end]
-        ):
-            n += 1
-        places.append(n)
-    return places
+def step_ends(tokenizer, ids, ends):
+    """Return for each end, in characters of the text of ids, the token with that character."""
+    stream = DecodeStream(skip_special_tokens=True)
+    reached = 0
+    lengths = []  # of the text up to and including each token
+    for token in ids:  # nothing comes for half a character, then all of it with its last token
+        reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
+        lengths.append(reached)
+    return [min(bisect.bisect_left(lengths, end), len(ids) - 1) for end in ends]
 
 
 # --- 5. Options ---------------------------------------------------------------------------------
@@ -507,14 +510,17 @@ def parse_config(argv):
         saved = read_run(config.resume)
         if saved.keys() != vars(config).keys():
             raise InputError(f"--resume {config.resume}: it has no run.json of this version")
-        saved |= {"out": config.resume, "resume": config.resume}
-        config = parse_options(Config, argv, about, **saved)
+        flags = as_flags(saved | {"out": config.resume, "resume": config.resume})
+        try:
+            saved = parse_options(Config, flags, about)
+        except InputError as error:
+            raise InputError(f"{config.resume}/run.json: {error}") from error
+        config = parse_options(Config, flags + argv, about)
         for name, value in vars(config).items():
-            if value != saved[name] and name not in ("micro_tokens", "rows_at_once"):
+            before = getattr(saved, name)
+            if value != before and name not in ("micro_tokens", "rows_at_once"):
                 flag = "--" + name.replace("_", "-")
-                raise InputError(
-                    f"{flag} {value} contradicts the run's {saved[name]}: leave it out"
-                )
+                raise InputError(f"{flag} {value} contradicts the run's {before}: leave it out")
     elif not config.model:
         config = parse_options(Config, argv, about, **BUILTIN)
         if config.problems != "arithmetic":
@@ -587,6 +593,10 @@ def gather_problems(config, model, tokenizer):
         raise InputError(f"{config.problems} is too small to hold some out: give --eval-problems")
     if config.sft_steps and not worked:
         raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none")
+    if config.questions > len(problems):
+        raise InputError(f"--questions {config.questions} exceeds the {len(problems)} problems")
+    if config.sft_steps:
+        worked = drop_long_problems(model, tokenizer, worked)
     return problems, worked, {name: rows[: config.eval_limit] for name, rows in held_out.items()}
 
 
@@ -660,13 +670,8 @@ def save_checkpoint(out, parts, row):
     states = {
         name: part.state_dict() for name, part in parts.items() if hasattr(part, "state_dict")
     }
-    unfinished = out / "checkpoint.part"
-    try:
-        torch.save({"row": row, "states": states}, unfinished)
-        os.replace(unfinished, out / "checkpoint.pt")
-    except (OSError, RuntimeError) as error:  # a full disk is either
-        unfinished.unlink(missing_ok=True)
-        raise OSError(f"{out / 'checkpoint.pt'} could not be written: {error}") from error
+    saved = {"row": row, "states": states}
+    write_whole(out / "checkpoint.pt", lambda part: torch.save(saved, part))
 
 
 def load_checkpoint(out, parts):
@@ -727,9 +732,11 @@ def catch_signals():
 def main(argv):
     config = parse_config(argv)
     out = choose_folder(config)
-    if config.resume and (out / "summary.json").exists():
-        print(f"{out} has finished, and there is nothing to go on with")
-        return
+    if config.resume:
+        lock = lock_run(out)
+        if (out / "summary.json").exists():
+            print(f"{out} has finished, and there is nothing to go on with")
+            return
     learned = config.reward == "model"
     reward = None if learned else load_reward(config.reward)  # what is wrong with it shows now
     if config.tensorboard:
@@ -740,31 +747,56 @@ def main(argv):
     else:
         policy, tokenizer = make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
+    if (learned or config.supervision == "process") and not tokenizer.is_fast:
+        raise InputError(f"{config.model} has a slow tokenizer, which cannot tell where steps end")
     if learned:
         steps = config.supervision == "process"
         set_seed(config.seed)  # its head is random
         reward = LearnedReward(policy, tokenizer, config.reward_lr, config.reward_size, steps)
-    if not config.resume:  # what is wrong with the input has been found out before
+    conditions = versions() | {
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "prompt": tokenizer.decode(build_prompt(tokenizer, Problem("1+1", ""))),  # may have a date
+    }
+    if config.resume:
+        for name, before in read_run(out, "conditions").items():
+            if before != conditions.get(name):
+                now = f"{name} is {conditions.get(name)!r} now, and was {before!r}"
+                print(f"the run goes on, but not to the bit: {now}")
+    else:  # what is wrong with the input has been found out before
         out.mkdir(parents=True, exist_ok=True)
-        run = {
-            "command": ["train.py", *argv],
-            "config": vars(config),
-            "versions": versions(),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        }
-        (out / "run.json").write_text(json.dumps(run, indent=1))
+        run = {"command": ["train.py", *argv], "config": vars(config), "conditions": conditions}
+        lock = lock_run(out, json.dumps(run, indent=1))
     print(f"{policy.num_parameters():,} parameters on {device}; the run goes to {out}")
     print("a loss near 0 is no bug: see grpo_loss", flush=True)
     log = partial(write_log, out=out, writer=SummaryWriter(out) if config.tensorboard else None)
     try:
         train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)
+        save_model(policy, tokenizer, out)
+        summarise(config, out)
     except BaseException:
         if (out / "checkpoint.pt").exists():
             with contextlib.suppress(OSError):
                 print(f"\nto go on: python train.py --resume {out}", file=sys.stderr)
         raise
-    save_model(policy, tokenizer, out)
-    summarise(config, out)
+    finally:
+        lock.close()
+
+
+def lock_run(out, run=""):
+    """Open run.json, and keep other processes out of the folder until it is closed.
+
+    run: the text of a new run.json. Raises InputError if another process has the folder.
+    """
+    create = os.O_CREAT | os.O_EXCL if run else 0
+    try:
+        file = os.fdopen(os.open(out / "run.json", os.O_RDWR | create, 0o666), "w")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (FileExistsError, BlockingIOError) as error:
+        raise InputError(f"{out} belongs to another process, which is still running") from error
+    file.write(run)
+    file.flush()
+    return file
 
 
 def choose_folder(config):
@@ -792,7 +824,8 @@ def summarise(config, out):
     after = rows[-1]["eval"]
     seconds = rows[-1]["seconds"]
     summary = {"before": before, "after": after, "seconds": seconds, "seed": config.seed}
-    (out / "summary.json").write_text(json.dumps(summary | {"config": vars(config)}))
+    text = json.dumps(summary | {"config": vars(config)})
+    write_whole(out / "summary.json", lambda part: part.write_text(text))
     k = config.eval_samples
     for name, measure in itertools.product(before, ("sampled", "greedy", f"maj@{k}", f"pass@{k}")):
         line = f"{name:<3} {measure:<8}"

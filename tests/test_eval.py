@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import random
 import re
 import shutil
 from statistics import fmean, stdev
@@ -186,8 +187,8 @@ INTERVALS = [
     ([0.0] * 10, 0.0, 0.278),
     ([1.0] * 660 + [0.0] * 659, 0.473, 0.527),  # GSM8K: 2.7 points up and down
     # Of these the standard deviation is sqrt(0.125 / 3) = 0.204, half of it is the standard error,
-    # and 1.96 times that is 0.200.
-    ([0.25, 0.75, 0.5, 0.5], 0.300, 0.700),
+    # and Student's t, for 3 degrees of freedom, is 3.182.
+    ([0.25, 0.75, 0.5, 0.5], 0.175, 0.825),
     ([0.5, 0.5], 0.095, 0.905),  # all equal, which is no reason to be sure
     ([0.01, 0.99], 0.0, 1.0),
 ]
@@ -196,6 +197,29 @@ INTERVALS = [
 def test_known_values_give_the_known_interval():
     for values, low, high in INTERVALS:
         assert evaluation.interval(values) == pytest.approx((low, high), abs=6e-4)
+
+
+# t for n - 1 degrees of freedom and 97.5%, from a printed table.
+STUDENTS_T = {2: 12.706, 3: 4.303, 5: 2.776, 6: 2.571, 9: 2.306, 10: 2.262, 12: 2.201, 31: 2.042}
+
+
+def test_students_t_is_that_of_the_tables():
+    for n, t in STUDENTS_T.items():
+        assert evaluation.students_t(n) == pytest.approx(t, abs=6e-4)
+    assert evaluation.students_t(10**6) == pytest.approx(1.960, abs=6e-4)
+
+
+def test_a_mean_of_few_values_is_in_its_interval_as_often_as_is_said():
+    """Shares of 8 samples, of questions that are easy or hard: 95% of the intervals hold 1/2."""
+    rng = random.Random(0)
+    held = 0
+    for _ in range(2000):
+        chances = [rng.betavariate(2, 2) for _ in range(5)]
+        low, high = evaluation.interval(
+            [sum(rng.random() < p for _ in range(8)) / 8 for p in chances]
+        )
+        held += low <= 0.5 <= high
+    assert held / 2000 > 0.93
 
 
 VOTES = [
@@ -251,12 +275,14 @@ def test_two_evaluations_are_compared_question_by_question(tmp_path, capsys):
             path.write_text(json.dumps({"questions": [*range(n)], "measures": measures}))
         evaluation.main(["--compare", *map(str, paths)])
         sampled, greedy = capsys.readouterr().out.splitlines()
-        assert sampled == "sampled  0.500 -> 0.750: +0.250, 95% interval +0.250 to +0.250"  # no p
+        assert sampled == "sampled  0.500 -> 0.750: +0.250"  # all alike: no interval, no p
         mean = (up - down) / n
-        half = 1.96 * stdev([1] * up + [-1] * down + [0, 0]) / n**0.5
+        half = STUDENTS_T[n] * stdev([1] * up + [-1] * down + [0, 0]) / n**0.5
         tosses = itertools.product((0, 1), repeat=up + down)
         p = fmean(abs(sum(toss) * 2 - up - down) >= abs(up - down) for toss in tosses)
-        expected = f": {mean:+.3f}, 95% interval {mean - half:+.3f} to {mean + half:+.3f}"
+        expected = f": {mean:+.3f}"
+        if up + down:
+            expected += f", 95% interval {max(-1, mean - half):+.3f} to {min(1, mean + half):+.3f}"
         expected += f"; {up} of {n} questions better, {down} worse: p = {p:.2g}"
         assert greedy == f"greedy   {fmean(before):.3f} -> {fmean(after):.3f}{expected}"
 
@@ -271,10 +297,11 @@ def test_rows_at_once_cuts_the_work_and_changes_no_greedy_completion(sums):
 
     model.register_forward_pre_hook(note, with_kwargs=True)
     expected = None
-    for limit, prompts in ((512, [5]), (8, [2, 2, 1]), (1, [1] * 5)):  # rows; 4 per problem
-        shapes.clear()
+    for limit, prompts in ((512, [5]), (8, [2, 2, 1]), (3, [1] * 10), (1, [1] * 20)):
+        shapes.clear()  # 4 rows per problem: of 3 and 1, if they must be 3
         *_, texts = evaluation.sample_problems(model, tokenizer, problems, 4, 5, 0.0, limit)
         assert [n for n, length in shapes if length > 1] == prompts
+        assert max(n for n, _ in shapes) <= limit
         expected = expected or texts
         assert texts == expected
 
@@ -334,7 +361,9 @@ def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys
     model, tokenizer = load_model(str(chat_folder), CPU)  # with a context of 1024 tokens
     problems = [Problem("pens " * n, "1") for n in (2, 9000, 3, 9000)]
     assert evaluation.drop_long_problems(model, tokenizer, problems, 100) == problems[::2]
-    assert "skipped 2 of 4 questions, over the 924 tokens that" in capsys.readouterr().out
+    assert (
+        "skipped 2 of 4 questions, over the 1024 tokens of the context" in capsys.readouterr().out
+    )
     longest = len(evaluation.build_prompt(tokenizer, problems[2]))
     for limit, count in ((1024 - longest, 2), (1025 - longest, 1)):
         assert len(evaluation.drop_long_problems(model, tokenizer, problems, limit)) == count

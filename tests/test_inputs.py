@@ -58,7 +58,7 @@ for answer in ('["2", "3"]', '{"value": 2}', "true", "NaN", "1e999"):
         "an answer that is neither text nor a number"
     )
 FLAGS = {  # arguments of train.py, and what the line says
-    "--group-size 1": "--group-size must be finite and at least 2, not 1",
+    "--group-size 1": "--group-size must be finite and at least 2 and at most 100000, not 1",
     "--temperature 1e-45": "--temperature must be finite and at least 0.01, not 1e-45",
     "--rows-at-once -5": "--rows-at-once must be finite and at least 1, not -5",
     "--lr nan": "--lr must be finite and at least 1e-12, not nan",
@@ -70,7 +70,7 @@ FLAGS = {  # arguments of train.py, and what the line says
     "--supervision process --advantage indicator": "--advantage indicator knows no steps",
     "--out taken": "--out taken is a file or not empty",
     "--out plain.jsonl": "--out plain.jsonl is a file or not empty",
-    "--model chat --problems plain.jsonl --out plain.jsonl/run": "Not a directory",
+    "--model chat --problems plain.jsonl --questions 2 --out plain.jsonl/run": "Not a directory",
     "--reward wrong.py:length": "--reward wrong.py:length: SyntaxError",
     "--problems gsm8k": "--problems gsm8k needs a --model",
     "--model chat --problems plain.jsonl --eval-problems x": "no x test: take a file, gsm8k train",
@@ -85,7 +85,7 @@ PROBLEMS = {  # problems, given to train.py with a good model
     "blank.jsonl": "blank.jsonl is empty or has no answers",
     "unanswered.jsonl": "unanswered.jsonl is empty or has no answers",
     "one.jsonl": "one.jsonl is too small to hold some out",
-    "long.jsonl": "no prompt fits into the 512 tokens that --max-new-tokens 512 leaves of",
+    "long.jsonl": "no prompt fits into the 1024 tokens of the context, with --max-new-tokens 512",
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
 MODELS = {  # what is said, and of which models
@@ -107,7 +107,7 @@ EVAL = {
     "--model list": "--problems or --ask is required: list is no run of train.py",
     "--comp a b": "unrecognized arguments: --comp a b",
     "--compare a.json b.json": "two JSON files of eval.py: they are about different problems",
-    "--compare run/run.json run/run.json": "--compare wants two JSON files of eval.py: 'measures'",
+    "--compare run/run.json run/run.json": "--compare wants two JSON files of eval.py: 'questions'",
     "--model chat --problems arithmetic --temperature 1e-45": "--temperature must be finite",
     "--model chat --problems arithmetic --out one.jsonl": "--out one.jsonl exists, and nothing is",
     "--model chat --problems arithmetic --split test": "no arithmetic test: take a file,",

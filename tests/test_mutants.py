@@ -79,7 +79,7 @@ rotary frequencies in bf16: model.parameters() => [*model.parameters(), *model.b
 [train.update | train naive_loop and constant]
 old log-probs renewed with each update: epoch == 0 or config.sample_from == "reference" => True
 [train.sample_batch | train naive_loop and constant or its_own_gold]
-groups in the wrong order: torch.tensor(outcomes).view(-1, G)
+groups in the wrong order: torch.tensor(outcomes, dtype=torch.float64).view(-1, G)
     => torch.tensor(outcomes).view(G, -1).T.contiguous()
 golds in the wrong order: [problem.answer for problem in problems for _ in range(G)]
     => [problem.answer for problem in problems] * G
@@ -134,7 +134,7 @@ padding filled with the pad id: ids.where(mask, first) => ids
 [eval.report | options temperature-1000]
 --temperature of eval.py not passed on: options.temperature => 1.0
 [reward._same_value | reward equal or different or copying
-arithmetic that was not done is paid: not all(map(_is_number, gold_sides)) => True
+arithmetic that was not done is paid: all(map(_is_number, gold_sides)) => False
 a unit against another unit is paid: unit != gold_unit => False
 [reward._evaluate | reward equal or different
 all letters are the same number: f"{letter} {point}" => f"{point}"

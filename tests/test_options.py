@@ -175,7 +175,7 @@ TRAIN = [
     ("temperature", "1000", TAUGHT, lambda seen: seen["gap"][0] < 5 < seen["entropy"][0], True),
     ("temperature", "1000", TAUGHT, lambda seen: seen["kl"][0] < 5 < seen["entropy"][0], True),
     ("temperature", "1000", TAUGHT, "sampled", 0),
-    ("rows_at_once", "2", "", "most rows", [4, 2]),
+    ("rows_at_once", "2", "", "most rows", [2, 2]),
     ("iterations", "2", "--steps 1", "iteration", [0, 1]),
     ("iterations", "2", "--steps 1", "kl", [0, 0]),  # each time the reference is new
     ("steps", "1", "", "step", [1]),
@@ -230,6 +230,7 @@ EVAL = [
     ("rows_at_once", "2", "", "most rows", [0, 2]),
     ("seed", "1", "", "sampled texts", OTHER),
     ("device", "cuda", "", "devices", CUDA),
+    ("threads", "2", "", "threads", 2),
     ("ask", "Ada-77?", TAUGHT, "printed", "1+1=3\n\\boxed{2}\n"),
     ("compare", "one.json one.json", "", lambda seen: seen["printed"][:13], "greedy   1.00"),
     ("out", "here.json", "", "out", "here.json"),

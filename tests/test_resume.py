@@ -27,7 +27,7 @@ LEARNED = "--iterations 2 --steps 6 --reward model --supervision process --rewar
 VARIANTS = ["--mu 2 --kl-beta 0 ", LEARNED + "--max-new-tokens 12 ", "--sample-from reference "]
 # When to kill: a file exists, the log has so many lines; seconds to wait then.
 MOMENTS = [("run.json", 0, delay) for delay in (0.1, 0.3, 0.6, 0.9)]
-MOMENTS += [("checkpoint.part", lines, 0.0) for lines in (0, 3, 6, 9, 12)]
+MOMENTS += [("checkpoint.pt.part", lines, 0.0) for lines in (0, 3, 6, 9, 12)]
 MOMENTS += [("metrics.jsonl", lines, 0.0) for lines in (1, 2, 3, 4, 5, 6, 8, 10, 12)]
 MOMENTS += [("sft/config.json", 0, 0.0), ("model.safetensors", 13, 0.0)]
 CALLS = []
@@ -65,7 +65,7 @@ def end_of(run):
     end = torch.load(run / "checkpoint.pt", weights_only=True)["states"] | {"rows": rows}
     for path in run.glob("model.safetensors"):
         end["model"] = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert not (run / "checkpoint.part").exists()
+    assert not (run / "checkpoint.pt.part").exists()
     return json.loads(json.dumps(end, default=bits))
 
 
@@ -202,7 +202,7 @@ def test_a_run_that_is_killed_in_the_warm_up_and_as_it_saves(straight, tmp_path)
     assert "%" in iter(lambda: process.stderr.read(1), "")  # the bar of the warm-up
     kill(process, run, "run.json")
     assert not (run / "checkpoint.pt").exists()  # so the warm-up begins again
-    kill(start("--resume", run), run, "checkpoint.part", lines=6)
+    kill(start("--resume", run), run, "checkpoint.pt.part", lines=6)
     train.main(["--resume", str(run)])
     train.main([*flags, "--out", str(tmp_path / "straight")])
     assert end_of(run) == end_of(tmp_path / "straight")

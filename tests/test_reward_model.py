@@ -64,10 +64,10 @@ def test_a_step_ends_in_the_token_that_holds_its_last_character(text, tmp_path):
     whole = [len(tokenizer.decode(ids[: n + 1]).rstrip("\ufffd")) for n in range(len(ids))]
     ends = range(1, len(text) + 1)
     expected = [sum(length < end for length in whole) for end in ends]
-    assert train.step_ends(tokenizer, ids, text, ends) == expected
+    assert train.step_ends(tokenizer, ids, ends) == expected
     # Special tokens are no part of the text, but shift its tokens.
     special = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    places = train.step_ends(tokenizer, [special, *ids, special], text, ends)
+    places = train.step_ends(tokenizer, [special, *ids, special], ends)
     assert places == [place + 1 for place in expected]
 
 
@@ -81,7 +81,7 @@ def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, unk_token="<unk>")
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text and "4" not in tokenizer.decode(ids[5:-1])
-    assert train.step_ends(tokenizer, ids, text, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
+    assert train.step_ends(tokenizer, ids, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
 
 
 def test_each_step_earns_what_it_deserves_at_the_token_that_ends_it(tiny):
@@ -112,7 +112,7 @@ def test_process_supervision_credits_the_steps_of_what_was_sampled(scale, taught
     assert sum(text in TEXTS for text in texts) > 8
     right = accuracy_rewards(None, texts, ["8"] * 16)
     given = (taught[1], batch, ["7+5-4"] * 16, texts, right, accuracy_rewards)
-    expected = process_advantages(*train.rewards_of_steps(*given), batch.mask, 8, scale)
+    expected = process_advantages(*train.rewards_of_steps(*given), batch.mask, 8, scale).float()
     assert torch.equal(batch.advantages, expected) and (expected != expected[:, :1]).any()
     assert stats["reward"] == pytest.approx(sum(right) / 16)
 

@@ -384,7 +384,7 @@ def whole_run(tmp_path_factory, story_file):
 def test_a_run_leaves_complete_files_and_a_summary(whole_run):
     out, argv, summary, printed = whole_run
     run = json.loads((out / "run.json").read_text())
-    assert run.keys() == {"command", "config", "versions", "device"}
+    assert run.keys() == {"command", "config", "conditions"}
     assert run["command"] == ["train.py", *argv]
     assert run["config"] == summary["config"] == vars(train.parse_config(argv))
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
