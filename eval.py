@@ -674,11 +674,23 @@ class Parser(HfArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help")
 
 
-def parse_options(kind, argv, description, **defaults):
-    """Read a command line into a dataclass; `defaults` replace its own. Raises InputError."""
+def parse_options(kind, argv, description, saved=None, **defaults):
+    """Read a command line into a dataclass, which checks its bounds. Raises InputError.
+
+    saved: options from a run.json, for which those of the command line may stand. defaults: replace
+    those of the dataclass.
+    """
     parser = Parser(kind, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults)
-    return kind(**vars(parser.parse_args(argv)))
+    flags = []  # for the parser to check the types
+    for name, value in (saved or {}).items():
+        if value is not None:
+            flags.append(f"--{name}={value}")
+    try:
+        parser.parse_args(flags)
+    except InputError as error:
+        raise InputError(f"in the run's run.json: {error}") from error
+    return kind(**vars(parser.parse_args(flags + argv)))
 
 
 # So many at most of what a list in memory has.
@@ -694,12 +706,6 @@ def check_bounds(options, bounds):
             flag = "--" + name.replace("_", "-")
             limit = f" and at most {most}" if name in MOST else ""
             raise InputError(f"{flag} must be finite and at least {least}{limit}, not {value}")
-
-
-def as_flags(options):
-    """Write a dict of options as a command line, in which the parser then checks their types."""
-    names = [name for name, value in options.items() if value is not None]
-    return [f"--{name.replace('_', '-')}={options[name]}" for name in names]
 
 
 def run_cli(main):
@@ -754,7 +760,7 @@ def main(argv):
     given = {name: run.get(name) for name in ("problems", "max_new_tokens", "request", "threads")}
     if run.get("eval_problems"):
         given["problems"] = str(run["eval_problems"]).partition(",")[0]
-    options = parse_options(Options, as_flags(given) + argv, about)
+    options = parse_options(Options, argv, about, given)
     name = options.problems
     options.split = options.split or ("in" if name == "arithmetic" else "test")
     if options.request is None:

@@ -39,7 +39,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from eval import (
     ROWS_AT_ONCE,
     Problem,
-    as_flags,
     build_prompt,
     check_bounds,
     drop_long_problems,
@@ -510,14 +509,11 @@ def parse_config(argv):
         saved = read_run(config.resume)
         if saved.keys() != vars(config).keys():
             raise InputError(f"--resume {config.resume}: it has no run.json of this version")
-        flags = as_flags(saved | {"out": config.resume, "resume": config.resume})
-        try:
-            saved = parse_options(Config, flags, about)
-        except InputError as error:
-            raise InputError(f"{config.resume}/run.json: {error}") from error
-        config = parse_options(Config, flags + argv, about)
+        saved |= {"out": config.resume, "resume": config.resume}
+        run = parse_options(Config, [], about, saved)
+        config = parse_options(Config, argv, about, saved)
         for name, value in vars(config).items():
-            before = getattr(saved, name)
+            before = getattr(run, name)
             if value != before and name not in ("micro_tokens", "rows_at_once"):
                 flag = "--" + name.replace("_", "-")
                 raise InputError(f"{flag} {value} contradicts the run's {before}: leave it out")
@@ -774,8 +770,9 @@ def main(argv):
         train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)
         save_model(policy, tokenizer, out)
         summarise(config, out)
-    except BaseException:
-        if (out / "checkpoint.pt").exists():
+    except BaseException as error:
+        diverged = isinstance(error, FloatingPointError)  # it would do so again
+        if (out / "checkpoint.pt").exists() and not diverged:
             with contextlib.suppress(OSError):
                 print(f"\nto go on: python train.py --resume {out}", file=sys.stderr)
         raise

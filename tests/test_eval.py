@@ -8,11 +8,12 @@ import random
 import re
 import shutil
 from statistics import fmean, stdev
+from unittest.mock import Mock
 
 import pytest
 import torch
 import transformers
-from helpers import CHAT_TEMPLATE, make_chat_model
+from helpers import CHAT_TEMPLATE, SIZE, make_chat_model
 from tokenizers.processors import TemplateProcessing
 
 import eval as evaluation
@@ -151,6 +152,10 @@ def test_end_of_turn_is_an_eos(chat_folder, tmp_path):
     for template in (CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|im_end|>", "\n <|im_end|>")):
         tokenizer.chat_template = template
         assert evaluation.eos_token_ids(model, tokenizer) == {end, document}
+    # A template that changes the answer does not tell what stands behind it.
+    tokenizer.chat_template = CHAT_TEMPLATE.replace("m.content", "m.content | lower")
+    assert evaluation.eos_token_ids(model, tokenizer) == {document}
+    tokenizer.chat_template = CHAT_TEMPLATE
     model.config.eos_token_id = 8
     model.generation_config = transformers.GenerationConfig(eos_token_id=[7, 9], top_k=5)
     assert evaluation.eos_token_ids(model, tokenizer) == {end, document, 7, 8, 9}
@@ -367,6 +372,46 @@ def test_questions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys
     longest = len(evaluation.build_prompt(tokenizer, problems[2]))
     for limit, count in ((1024 - longest, 2), (1025 - longest, 1)):
         assert len(evaluation.drop_long_problems(model, tokenizer, problems, limit)) == count
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_work(sums, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluation, "evaluate", Mock(side_effect=AssertionError))
+    flags = f"--model {sums} --problems arithmetic --limit 2 --out"
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "x.json")
+    for name in ("file/x.json", "link"):
+        with pytest.raises(OSError, match=name.partition("/")[0]):
+            evaluation.main([*flags.split(), str(tmp_path / name)])
+
+
+def test_a_model_that_has_diverged_is_not_scored(sums):
+    model, tokenizer = load_model(str(sums), CPU)
+    model.lm_head.weight.data[3] = torch.nan
+    with pytest.raises(FloatingPointError, match="log-probs are inf or nan"):
+        evaluation.evaluate(model, tokenizer, load_problems("arithmetic", "in")[:2], 3, 0)
+
+
+def test_solutions_that_are_too_long_are_skipped_and_counted(chat_folder, capsys):
+    model, tokenizer = load_model(str(chat_folder), CPU)
+    room = model.config.max_position_embeddings - len(
+        evaluation.build_prompt(tokenizer, Problem("1+1?", "2"))
+    )
+    one = tokenizer("7", add_special_tokens=False).input_ids
+    assert len(tokenizer("7" * 9, add_special_tokens=False).input_ids) == 9 * len(one)
+    fits, exceeds = (Problem("1+1?", "2", "7" * (room - less)) for less in (1, 0))  # and the EOS
+    assert evaluation.drop_long_problems(model, tokenizer, [exceeds, fits]) == [fits]
+    assert "skipped 1 of 2 questions" in capsys.readouterr().out
+
+
+def test_losses_of_routers_are_off(tmp_path, chat_folder):
+    """A mixture of experts that returns router logits cannot do so beside a cache."""
+    folder = shutil.copytree(chat_folder, tmp_path / "mixture")
+    config = transformers.MixtralConfig(
+        **SIZE | {"vocab_size": 400}, num_local_experts=4, output_router_logits=True
+    )
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model, _ = load_model(str(folder), CPU)
+    assert model.config.output_router_logits is False
 
 
 def test_a_thought_that_the_prompt_opened(tmp_path):

@@ -34,11 +34,18 @@ FILES = {
     "unanswered.jsonl": '{"question": "2+2?"}\n' * 2,
     "long.jsonl": LINE.replace("1+1", "1+1" * 4000),
     "wrong.py": "def length(\n",
+    "quits.py": "raise SystemExit(0)",
+    "number.py": "length = 3",
     "taken/file": "mine",
     "broken/run.json": "{",
     "a.json": '{"questions": ["a"], "measures": {}}',
     "b.json": '{"questions": ["b"], "measures": {}}',
+    "null.json": '{"questions": ["a"], "measures": null}',
+    "few.json": '{"questions": ["a", "b"], "measures": {"greedy": [1]}}',
+    "none.json": '{"questions": [], "measures": {"greedy": []}}',
     "list/run.json": '{"config": ["lr"]}',
+    "typed/run.json": json.dumps({"config": {**vars(train.Config()), "lr": [0.5]}}),
+    "odd/run.json": json.dumps({"config": {"max_new_tokens": "many", "eval_problems": 3}}),
     "run/run.json": json.dumps({"config": {**vars(train.Config()), "lr": 0.5, "out": "run"}}),
 }
 # A line of a file of problems, and what is said about it.
@@ -72,6 +79,11 @@ FLAGS = {  # arguments of train.py, and what the line says
     "--out plain.jsonl": "--out plain.jsonl is a file or not empty",
     "--model chat --problems plain.jsonl --questions 2 --out plain.jsonl/run": "Not a directory",
     "--reward wrong.py:length": "--reward wrong.py:length: SyntaxError",
+    "--reward number.py:length": "--reward number.py:length: TypeError.*length is no function",
+    "--reward quits.py:length": "--reward quits.py:length: SystemExit.*want FILE.py:FUNCTION",
+    "--questions 20000": "--questions 20000 exceeds the 10000 problems",
+    "--questions 100000000000": "--questions must be finite and at least 1 and at most 100000",
+    "--resume typed": "in the run's run.json: argument --lr: invalid float value",
     "--problems gsm8k": "--problems gsm8k needs a --model",
     "--model chat --problems plain.jsonl --eval-problems x": "no x test: take a file, gsm8k train",
     "--resume nowhere": "--resume nowhere: it has no run.json of this version",
@@ -89,16 +101,17 @@ PROBLEMS = {  # problems, given to train.py with a good model
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
 MODELS = {  # what is said, and of which models
-    "": "/nowhere nobody/no-such-model plain.jsonl misshapen textless",
+    "": "/nowhere nobody/no-such-model plain.jsonl textless",
+    "weights of another shape: model.embed_tokens.weight": "misshapen",
     "no_such_type": "typeless",
     "SafetensorError": "torn",
     "its tokenizer is missing, or has no EOS token to end a completion": "endless",
     "TemplateError, no": "raising",
     "UndefinedError": "choosy",
-    "its chat template drops the question; does it want a list of parts?": "parts",
+    "its chat template drops the question; does it want a list of parts?": "parts curt",
     "its tokenizer has more tokens than the model": "small",
     "weights are missing; was it saved as a causal language model?": "encoder headless",
-    "its logits are not the vocabulary head of its last state": "cohere gemma2 bidirectional",
+    "its logits are not the vocabulary head of its last state": "cohere gemma2 encoding roberta",
     "it keeps a state that is no cache of keys and values": "mamba hybrid",
 }
 EVAL = {
@@ -108,6 +121,11 @@ EVAL = {
     "--comp a b": "unrecognized arguments: --comp a b",
     "--compare a.json b.json": "two JSON files of eval.py: they are about different problems",
     "--compare run/run.json run/run.json": "--compare wants two JSON files of eval.py: 'questions'",
+    "--compare null.json null.json": "'NoneType' object has no attribute 'items'",
+    "--compare few.json few.json": "cannot reshape array of size 1",
+    "--compare none.json none.json": "they are about different problems, or none",
+    "--model odd": "in the run's run.json: .*--max-new-tokens: invalid int value: 'many'",
+    f"--model chat --problems arithmetic --seed {10**22}": "--seed must be finite",
     "--model chat --problems arithmetic --temperature 1e-45": "--temperature must be finite",
     "--model chat --problems arithmetic --out one.jsonl": "--out one.jsonl exists, and nothing is",
     "--model chat --problems arithmetic --split test": "no arithmetic test: take a file,",
@@ -134,6 +152,7 @@ def inputs(tmp_path_factory, chat_folder):
         "endless": ("tokenizer_config.json", '"eos_token": "<|endoftext|>",', '"eos_token": null,'),
         "raising": ("chat_template.jinja", "{% for", "{{ raise_exception('no') }}{% for"),
         "parts": ("chat_template.jinja", "{{ m.content }}", "{{ m.content[0].text }}"),
+        "curt": ("chat_template.jinja", "{{ m.content }}", "{{ m.content[:9] }}"),
         "choosy": ("chat_template.jinja", "{% endfor", "{{ m.a.b if m.role != 'user' }}{% endfor"),
     }
     for name, (file, old, new) in changes.items():
@@ -149,8 +168,9 @@ def inputs(tmp_path_factory, chat_folder):
     sizes = {"vocab_size": 400, "hidden_size": 16, "num_hidden_layers": 1}
     bert = transformers.BertConfig(**sizes, num_attention_heads=2, intermediate_size=16)
     layers = {"layer_types": ["conv", "full_attention"]}
-    configs = {"bidirectional": bert, "mamba": transformers.MambaConfig(**sizes)}
+    configs = {"encoding": bert, "mamba": transformers.MambaConfig(**sizes)}
     configs |= {"hybrid": transformers.Lfm2Config(**SIZE, **layers)}
+    configs |= {"roberta": transformers.RobertaConfig(**SIZE, is_decoder=True)}
     configs |= {"cohere": CONFIGS["cohere"](), "gemma2": CONFIGS["gemma2"]()}
     models = {"encoder": transformers.BertModel(bert)}
     models["headless"] = transformers.AutoModel.from_pretrained(chat_folder)
@@ -189,7 +209,9 @@ def test_a_bad_line_of_a_problems_file_is_named(tmp_path):
 
 def test_commands_end_with_one_line_on_stderr_and_status_1(inputs):
     before = snapshot(inputs)
-    for command in ("train.py --problems plain.jsonl --model torn", "eval.py --compare run taken"):
+    commands = ["train.py --problems plain.jsonl --model torn", "eval.py --compare run taken"]
+    commands.append("eval.py --ask 1+1 --model misshapen")  # of which the library says more
+    for command in commands:
         program = [sys.executable, *f"{ROOT}/{command}".split()]
         run = subprocess.run(program, cwd=inputs, capture_output=True, text=True)
         assert (run.returncode, run.stdout) == (1, "")
@@ -202,6 +224,7 @@ def test_errors_that_a_user_can_mend_become_one_line():
     ends = {
         torch.OutOfMemoryError("CUDA out of memory.\nTried to"): memory,
         MemoryError(): memory,
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"): memory,
         InputError("--lr"): "error: --lr",
         OSError(28, "disk full"): "error: [Errno 28] disk full",
         FloatingPointError("nan"): "error: nan",
@@ -212,6 +235,8 @@ def test_errors_that_a_user_can_mend_become_one_line():
         with pytest.raises(SystemExit) as stop:
             evaluation.run_cli(Mock(side_effect=error))
         assert stop.value.code == code
+    with pytest.raises(RuntimeError, match="shape"):  # a mistake of ours stays one
+        evaluation.run_cli(Mock(side_effect=RuntimeError("shape of memory")))
 
 
 def untidy(prompts, completions, answer):
@@ -228,7 +253,7 @@ def test_a_reward_gets_copies_of_the_lists_and_fails_in_one_line():
     for rewards in ([1.0], [1.0, math.nan], [1.0, -math.inf], [1.0, 1e39], [0.0] * 3):
         with pytest.raises(InputError, match=r"^--reward: want 2 finite numbers, not \["):
             ask_reward(Mock(return_value=rewards), *lists)
-    for error in (None, ["right", "wrong"], OSError("two\nlines")):
+    for error in (None, ["right", "wrong"], OSError("two\nlines"), SystemExit("Error")):
         with pytest.raises(InputError, match="^--reward failed: .*Error.*$"):
             ask_reward(Mock(side_effect=[error]), *lists)
 

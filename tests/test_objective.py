@@ -70,6 +70,19 @@ def test_advantages_by_hand():
             grpo.outcome_advantages(*wrong)
 
 
+def test_large_rewards_that_differ_little_do_differ():
+    """float32 cannot tell 1e8 from 1e8 + 1, and the square of 1e20 is infinite in it."""
+    for low, high in ((1e8, 1e8 + 1), (0.0, 1e20), (-1e29, 1e29)):
+        rewards = torch.tensor([[high, low, low, low]], dtype=torch.float64)
+        close(grpo.outcome_advantages(rewards), [[1.5, -0.5, -0.5, -0.5]], tolerance=4e-4)
+    rewards = torch.tensor([[1e6, 1e6 + 0.5, 1e6]])
+    expected = torch.tensor([[-1 / 6, 1 / 3, -1 / 6]])
+    close(grpo.outcome_advantages(rewards, "none"), expected, tolerance=1e-6)
+    ends = torch.tensor([[0], [0], [0]])
+    credit = grpo.process_advantages(rewards.T, ends, ends == 0, 3, "none")
+    close(credit.T, expected, tolerance=1e-6)
+
+
 def test_groups_do_not_mix():
     rewards = tensor([[10.0, 12.0, 11.0, 10.0], [0.0, 1.0, 0.0, 0.0]])
     for scale in ("std", "none"):

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 import train
-from eval import load_problems, pick_device
+from eval import load_problems, pick_device, save_model, write_whole
 from reward import InputError, LearnedReward, step_rewards
 
 FLAGS = (
@@ -125,6 +126,11 @@ def test_a_full_disk_and_half_a_line_do_no_harm(tmp_path):
             train.save_checkpoint(tmp_path, parts, {"step": 6})
         resource.setrlimit(resource.RLIMIT_FSIZE, (20, hard))
         assert train.load_checkpoint(tmp_path, parts) == {"step": 3}
+        with pytest.raises(OSError, match="model could not be written: .*"):
+            save_model(*train.make_tiny_model(0, "cpu"), tmp_path / "model")
+        shutil.rmtree(tmp_path / "model")
+        with pytest.raises(OSError, match="summary.json could not be written: .*"):
+            write_whole(tmp_path / "summary.json", lambda part: part.write_text("." * 30))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -227,6 +233,33 @@ def test_the_second_ctrl_c_ends_the_run_at_once(straight, tmp_path):
     process = start(*straight[0], "--out", tmp_path / "run", stop="2 2")
     assert process.wait(timeout=120) == -signal.SIGINT
     assert saved_step(tmp_path / "run") == 3
+
+
+def test_two_processes_do_not_share_a_run(straight, tmp_path):
+    run = tmp_path / "run"
+    process = start(*straight[0], "--out", run)
+    while not (run / "run.json").exists():
+        time.sleep(0.01)
+    with pytest.raises(InputError, match="run belongs to another process, which is still running"):
+        train.main(["--resume", str(run)])
+    with pytest.raises(InputError, match="run belongs to another process"):
+        train.lock_run(run, "{}")  # that of a new run which found no folder, either
+    assert process.poll() is None
+    process.communicate()
+    assert end_of(run) == end_of(straight[1])
+
+
+def test_what_has_changed_since_a_run_began_is_said(straight, tmp_path, capsys):
+    run = shutil.copytree(straight[1], tmp_path / "run")
+    (run / "summary.json").unlink()
+    saved = json.loads((run / "run.json").read_text())
+    assert saved["conditions"]["threads"] == 1 and "1+1" in saved["conditions"]["prompt"]
+    saved["conditions"] |= {"threads": 3, "prompt": "Today is Monday. 1+1"}
+    (run / "run.json").write_text(json.dumps(saved))
+    train.main(["--resume", str(run)])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not to the bit" in line]
+    assert len(lines) == 2 and "threads is 1 now, and was 3" in lines[0]
+    assert "and was 'Today is Monday. 1+1'" in lines[1]
 
 
 def test_a_finished_run_is_left_alone(straight, capsys):

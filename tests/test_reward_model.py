@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import time
 
 import pytest
 import torch
@@ -69,6 +70,17 @@ def test_a_step_ends_in_the_token_that_holds_its_last_character(text, tmp_path):
     special = tokenizer.convert_tokens_to_ids("<|im_end|>")
     places = train.step_ends(tokenizer, [special, *ids, special], ends)
     assert places == [place + 1 for place in expected]
+
+
+def test_the_ends_of_steps_take_linear_time(chat_folder):
+    tokenizer = AutoTokenizer.from_pretrained(chat_folder)
+    text = "3*4 = 12.\n" * 2000
+    ids = tokenizer(text, add_special_tokens=False).input_ids
+    ends = range(10, len(text) + 1, 10)
+    started = time.process_time()
+    places = train.step_ends(tokenizer, ids, ends)
+    assert time.process_time() - started < 1  # by decoding each prefix of 18,000 tokens: minutes
+    assert len(set(places)) == len(ends)
 
 
 def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
