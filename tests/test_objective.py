@@ -75,8 +75,8 @@ def test_large_rewards_that_differ_little_do_differ():
     for low, high in ((1e8, 1e8 + 1), (0.0, 1e20), (-1e29, 1e29)):
         rewards = torch.tensor([[high, low, low, low]], dtype=torch.float64)
         close(grpo.outcome_advantages(rewards), [[1.5, -0.5, -0.5, -0.5]], tolerance=4e-4)
-    rewards = torch.tensor([[1e6, 1e6 + 0.5, 1e6]])
-    expected = torch.tensor([[-1 / 6, 1 / 3, -1 / 6]])
+    rewards = torch.tensor([[1e6, 1e6 + 0.5, 1e6]], dtype=torch.float32)
+    expected = torch.tensor([[-1 / 6, 1 / 3, -1 / 6]], dtype=torch.float32)
     close(grpo.outcome_advantages(rewards, "none"), expected, tolerance=1e-6)
     ends = torch.tensor([[0], [0], [0]])
     credit = grpo.process_advantages(rewards.T, ends, ends == 0, 3, "none")

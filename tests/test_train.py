@@ -268,6 +268,17 @@ def test_each_completion_is_scored_with_its_own_gold():
     assert 0.29 < stats["t_reward"] < seconds - stats["t_sample"]
 
 
+def test_rewards_that_float32_cannot_tell_apart_still_teach():
+    def reward(prompts, completions, answer):
+        return [1e8 + number for number in parity_reward(prompts, completions, answer)]
+
+    plain = one_batch()[1]
+    _, batch, stats, _ = one_batch(reward=reward)
+    assert stats["zero_var"] < 1
+    assert torch.allclose(batch.advantages, plain.advantages, atol=1e-3)
+    assert one_batch("--supervision process", reward=reward)[2]["zero_var"] < 1
+
+
 def test_old_logprobs_stay_those_before_the_first_update():
     """With mu = 3. What the sampler said is only logged: off by 0.1, twice by 1.1 and 2.1."""
     policy, batch, _, config = one_batch("--mu 3 --group-size 64 --micro-tokens 2000")
