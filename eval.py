@@ -394,6 +394,11 @@ DOWNLOADS = {  # problems and split: address, SHA-256
         "165c3b6753e8a8786183c27b9af7b7590d54dca4d0136edadb24d684c95bb50d",
     ),
 }
+SVAMP = (
+    GITHUB + "arkilpatel/SVAMP/689d7ccac74b9983a2ac7cc3b264f441b99e7c53/SVAMP.json",
+    "5be77703a6d891ae476d7c082787ad361392aa02453b132516cdd5f4e7934e3e",
+)
+DOWNLOADS |= {"svamp train": SVAMP, "svamp test": SVAMP}
 CHINESE_REQUEST = "请通过逐步推理来解答问题，并把最终答案放置于\\boxed{}中。"
 REQUESTS = {"arithmetic": "", "cmath": CHINESE_REQUEST, "mgsm_zh": CHINESE_REQUEST}
 
@@ -405,7 +410,9 @@ def load_problems(name, split, request=None):
     """
     key = f"{name} {split}".replace("math500", "math")  # math500 is the test set of math
     if key in DOWNLOADS:
-        problems = read_problems(fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.jsonl"))
+        url, sha256 = DOWNLOADS[key]
+        path = fetch(url, sha256, key.replace(" ", "-") + Path(url).suffix)
+        problems = read_svamp(path, split) if name == "svamp" else read_problems(path)
     elif name == "arithmetic" and split in ARITHMETIC:
         problems = make_arithmetic(split)
     elif Path(name).is_file():
@@ -493,6 +500,20 @@ def read_problems(path):
     if unusable:
         print(f"{path}: {len(unusable)} answers cannot be used, first in lines {unusable[:9]}")
     return problems
+
+
+def read_svamp(path, split):
+    """Read SVAMP's one file: 700 problems to train on, 300 to test.
+
+    Their worked solutions are one equation and its result, "8 - 3 = 5".
+    """
+    problems = []
+    for row in json.loads(path.read_text()):
+        question = f"{row['Body'].rstrip('.')}. {row['Question']}"
+        equation = re.sub(r"^\( (.*) \)$", r"\1", row["Equation"].replace(".0", ""))
+        gold = f"{row['Answer']:.0f}"
+        problems.append(Problem(question, gold, f"{equation} = {gold}\n\\boxed{{{gold}}}"))
+    return problems[:700] if split == "train" else problems[700:]
 
 
 def parse_problem(text, line):

@@ -421,7 +421,7 @@ def step_ends(tokenizer, ids, ends):
 class Config:
     # What to train
     model: str = opt("", "folder or hub name; empty: a tiny model, made on the spot")
-    problems: str = opt("gsm8k", "gsm8k, math, a file of JSON lines, or arithmetic (built in)")
+    problems: str = opt("gsm8k", "gsm8k, math, svamp, a JSON lines file, or arithmetic (built in)")
     reward: str = opt(
         "", "FILE.py:FUNCTION, or model: a network that learns the rule; empty: the rule"
     )

@@ -117,12 +117,30 @@ def test_published_sets_come_through_the_download(name, tmp_path, monkeypatch):
         source.unlink(missing_ok=True)
 
 
+def test_svamp_has_one_file_for_both_splits(tmp_path, monkeypatch):
+    row = {"Body": "A pack has 8 pens. 3 are lost", "Question": "How many are left?"}
+    row |= {"Equation": "( 8.0 - ( 2.0 + 1.0 ) )", "Answer": 5.0, "ID": "chal-1"}
+    other = {"Body": "There is one.", "Question": "How many?", "Equation": "1.0", "Answer": 1.0}
+    source = tmp_path / "SVAMP.json"
+    source.write_text(json.dumps([row] * 700 + [other] * 300))
+    sha256 = hashlib.sha256(source.read_bytes()).hexdigest()
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
+    for split in ("train", "test"):
+        monkeypatch.setitem(evaluation.DOWNLOADS, f"svamp {split}", (source.as_uri(), sha256))
+    solution = "8 - ( 2 + 1 ) = 5\n\\boxed{5}"
+    expected = Problem("A pack has 8 pens. 3 are lost. How many are left?", "5", solution)
+    assert load_problems("svamp", "train", "") == [expected] * 700
+    expected = Problem("There is one. How many?", "1", "1 = 1\n\\boxed{1}")
+    assert load_problems("svamp", "test", "") == [expected] * 300
+
+
 def test_each_address_of_a_download_names_a_commit():
-    keys = "gsm8k train, gsm8k test, math train, math test, cmath test, mgsm_zh test"
+    keys = "gsm8k train, gsm8k test, math train, math test, cmath test, mgsm_zh test, svamp train, "
+    keys += "svamp test"
     assert ", ".join(evaluation.DOWNLOADS) == keys
-    assert len({sha256 for _, sha256 in evaluation.DOWNLOADS.values()}) == 6
+    assert len({sha256 for _, sha256 in evaluation.DOWNLOADS.values()}) == 7
     for url, sha256 in evaluation.DOWNLOADS.values():
-        assert re.fullmatch(r"https://\w+\.githubusercontent\.com/\S*/[0-9a-f]{40}/\S*\.jsonl", url)
+        assert re.fullmatch(r"https://\w+\.githubusercontent\.com/\S*/[0-9a-f]{40}/\S*\.jsonl?", url)
         assert re.fullmatch("[0-9a-f]{64}", sha256)
 
 
