@@ -140,7 +140,9 @@ def test_each_address_of_a_download_names_a_commit():
     assert ", ".join(evaluation.DOWNLOADS) == keys
     assert len({sha256 for _, sha256 in evaluation.DOWNLOADS.values()}) == 7
     for url, sha256 in evaluation.DOWNLOADS.values():
-        assert re.fullmatch(r"https://\w+\.githubusercontent\.com/\S*/[0-9a-f]{40}/\S*\.jsonl?", url)
+        assert re.fullmatch(
+            r"https://\w+\.githubusercontent\.com/\S*/[0-9a-f]{40}/\S*\.jsonl?", url
+        )
         assert re.fullmatch("[0-9a-f]{64}", sha256)
 
 
