@@ -410,8 +410,8 @@ def load_problems(name, split, request=None):
     """
     key = f"{name} {split}".replace("math500", "math")  # math500 is the test set of math
     if key in DOWNLOADS:
-        url, sha256 = DOWNLOADS[key]
-        path = fetch(url, sha256, key.replace(" ", "-") + Path(url).suffix)
+        kind = "json" if name == "svamp" else "jsonl"
+        path = fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.{kind}")
         problems = read_svamp(path, split) if name == "svamp" else read_problems(path)
     elif name == "arithmetic" and split in ARITHMETIC:
         problems = make_arithmetic(split)
