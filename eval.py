@@ -195,7 +195,9 @@ def evaluate(
             model, tokenizer, problems, K, max_new_tokens, T, rows_at_once, generator
         )
         if not drawn.logp.isfinite().all():
-            raise FloatingPointError("the model's log-probs are inf or nan: it has diverged")
+            raise FloatingPointError(
+                "the model's log-probs are inf or nan: try a lower learning rate"
+            )
         truncated = drawn.truncated.tolist()
         graded = [grade(problems[i // K], text, truncated[i]) for i, text in enumerate(texts)]
         records[kind] = graded
@@ -548,8 +550,10 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
     def length(problem):
-        solution = tokenizer(problem.solution, add_special_tokens=False).input_ids
-        return len(build_prompt(tokenizer, problem)) + (max_new_tokens or len(solution) + 1)
+        prompt = len(build_prompt(tokenizer, problem))
+        if max_new_tokens:
+            return prompt + max_new_tokens
+        return prompt + len(tokenizer(problem.solution, add_special_tokens=False).input_ids) + 1
 
     kept = [problem for problem in problems if length(problem) <= (positions or math.inf)]
     behind = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
@@ -623,11 +627,12 @@ def check_tokenizer(tokenizer):
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
         raise ValueError("its tokenizer is missing, or has no EOS token to end a completion")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks go by position
+    one, two = (build_prompt(tokenizer, Problem(question, "")) for question in ("1+1", "2+2"))
     text = question = "What is 1+1?\nWrite 2."
     if tokenizer.chat_template:
         turns = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    if question not in text:
+    if one == two or question not in text:
         raise ValueError("its chat template drops the question; does it want a list of parts?")
 
 
@@ -714,7 +719,7 @@ def parse_options(kind, argv, description, saved=None, **defaults):
     return kind(**vars(parser.parse_args(flags + argv)))
 
 
-# So many at most of what a list in memory has.
+# Upper bounds, for what memory has to hold.
 MOST = dict.fromkeys(("questions", "group_size", "samples", "eval_samples", "reward_size"), 100_000)
 
 

@@ -457,7 +457,7 @@ _OPAQUE = re.compile(
     ).* | [A-Za-z~ ]*[A-Za-z]{2}[A-Za-z~ ]*""",
     re.X | re.S,
 )
-# Dates, scores, sizes: 2020-07-04, 3-1, 2*3, and 7/4/2020. They have no value, as gold answer, too.
+# Dates, scores, sizes: 2020-07-04, 3-1, 2*3, 7/4/2020. They have no value, in a gold answer either.
 _SEVERAL_NUMBERS = re.compile(r"\d+(?: ?[-*] ?\d+)+|\d+/\d+/\d{2,}|\d{4}/\d+/\d+")
 
 
@@ -608,7 +608,8 @@ _TOKEN = re.compile(
 def _to_python(text):
     r"""Write a cleaned expression as Python would: 2\frac{x}{3} is '2'*frac({'x'},{'3'}).
 
-    Numbers and letters are strings: Fraction reads those exactly. Raises ValueError or KeyError.
+    Letters are strings, and numbers, too, for Fraction reads those exactly. Raises ValueError or
+    KeyError.
     """
     if _OPAQUE.fullmatch(text):
         raise ValueError("opaque")

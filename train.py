@@ -571,7 +571,7 @@ def gather_problems(config, model, tokenizer):
     problems = load(config.problems, "train")
     worked = problems
     if config.problems == "arithmetic":
-        worked = load("arithmetic", "sft") if config.sft_steps else []
+        worked = load_problems("arithmetic", "sft", config.request) if config.sft_steps else []
     held_out = {}
     for name in config.eval_problems.split(",") if config.eval_problems else [config.problems]:
         if name == "arithmetic":

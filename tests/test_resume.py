@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import train
-from eval import load_problems, pick_device, save_model, write_whole
+from eval import load_problems, pick_device, save_model
 from reward import InputError, LearnedReward, step_rewards
 
 FLAGS = (
@@ -119,6 +119,8 @@ def test_a_full_disk_and_half_a_line_do_no_harm(tmp_path):
     train.save_checkpoint(tmp_path, parts, {"step": 3})
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 0}\n{"step": 2}\n{"step": 3}\n{"step": 4}\n{"step": 5, "rew')
+    (tmp_path / "ended").mkdir()
+    (tmp_path / "ended" / "metrics.jsonl").write_text('{"step": 0, "seconds": 1, "eval": {}}\n')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, hard))  # as if the disk were full
@@ -130,7 +132,9 @@ def test_a_full_disk_and_half_a_line_do_no_harm(tmp_path):
             save_model(*train.make_tiny_model(0, "cpu"), tmp_path / "model")
         shutil.rmtree(tmp_path / "model")
         with pytest.raises(OSError, match="summary.json could not be written: .*"):
-            write_whole(tmp_path / "summary.json", lambda part: part.write_text("." * 30))
+            train.summarise(train.Config(), tmp_path / "ended")
+        assert [path.name for path in (tmp_path / "ended").iterdir()] == ["metrics.jsonl"]
+        shutil.rmtree(tmp_path / "ended")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "\n" not in str(error.value)
@@ -238,8 +242,9 @@ def test_the_second_ctrl_c_ends_the_run_at_once(straight, tmp_path):
 def test_two_processes_do_not_share_a_run(straight, tmp_path):
     run = tmp_path / "run"
     process = start(*straight[0], "--out", run)
-    while not (run / "run.json").exists():
-        time.sleep(0.01)
+    while not ((run / "run.json").exists() and (run / "run.json").stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.01)  # it is written when the lock is held
     with pytest.raises(InputError, match="run belongs to another process, which is still running"):
         train.main(["--resume", str(run)])
     with pytest.raises(InputError, match="run belongs to another process"):
