@@ -352,7 +352,7 @@ def score_table(scores):
 
 # The built-in problems are sums: problems, whether they are held out, numbers of terms.
 ARITHMETIC = {
-    "sft": (30_000, False, [2, 3, 3, 4, 4, 5, 5, 6]),  # warm-up
+    "sft": (30_000, False, [2, 2, 4, 5, 6, 6]),  # warm-up
     "train": (10_000, False, [4, 5]),  # reinforcement learning
     "in": (1_000, True, [4, 5]),  # in domain: as long as in training
     "out": (1_000, True, [6]),  # out of domain: a length of the warm-up, never in RL
@@ -433,8 +433,8 @@ def load_problems(name, split, request=None):
 def make_arithmetic(split):
     """Make the built-in problems, always the same: chains like "7+5-4+3", totals of 0 to 12.
 
-    Where two or more terms are left, a line of the worked solution takes one ("7+5=12") four times
-    in ten, and is right. Else it takes two ("7+5-4=9"), and is off by up to 3.
+    One worked solution in five is careful: each line takes one term ("7+5=12"), and is right. In
+    the others a line takes two terms while there are two ("7+5-4=9"), and is off by up to 3.
     """
     count, held_out, terms = ARITHMETIC[split]
     rng = random.Random(f"arithmetic {split}")
@@ -450,10 +450,11 @@ def make_arithmetic(split):
         hidden = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
         if hidden != held_out:
             continue
+        careful = rng.random() < 0.2
         total, *rest = numbers
         solution = ""
         while rest:
-            take = 1 if len(rest) == 1 or rng.random() < 0.4 else 2
+            take = 1 if careful or len(rest) == 1 else 2
             line = write_sum([total, *rest[:take]])
             total += sum(rest[:take])
             if take == 2:

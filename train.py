@@ -370,7 +370,7 @@ def warm_up(policy, tokenizer, worked, config, out, autocast):
             loss = -(weights[part] * logp).sum()  # cross-entropy: the mean -log p of a token
             loss.backward()
             total += loss.item()
-        lr = learning_rate(step, config.sft_steps, config.sft_lr, 20, 0.0)
+        lr = learning_rate(step, config.sft_steps, config.sft_lr, config.sft_steps // 10, 0.0)
         step_optimizer(optimizer, policy, lr, config.max_grad_norm)
         bar.set_postfix_str(f"loss {total:.3f}", refresh=False)
     save_model(policy, tokenizer, out / "sft")
@@ -463,7 +463,7 @@ class Config:
     micro_tokens: int = opt(4096, "tokens, with padding, per pass: fewer need less memory")
     # Supervised warm-up (SFT)
     sft_steps: int = opt(0, "steps on worked solutions before RL")
-    sft_lr: float = opt(1e-5, "its learning rate, which rises for 20 steps and falls to 0")
+    sft_lr: float = opt(1e-5, "its learning rate, which rises for a tenth of them and falls to 0")
     # Evaluation and log
     eval_problems: str = opt("", "held-out sets, gsm8k,mgsm_zh say; empty: of --problems")
     eval_limit: int = opt(200, "use only this many problems of each held-out set")
@@ -489,7 +489,7 @@ BUILTIN = {  # what differs without --model: small models want large learning ra
     "questions": 16,
     "max_new_tokens": 40,
     "steps": 60,
-    "lr": 3e-4,
+    "lr": 2e-4,
     "lr_end": 0.1,
     "sft_steps": 1000,
     "sft_lr": 4e-3,

@@ -45,7 +45,7 @@ def integers(text):
 
 def test_built_in_problems_have_right_answers_and_no_held_out_question_is_trained_on():
     counts = {"sft": 30_000, "train": 10_000, "in": 1_000, "out": 1_000}
-    lengths = {"sft": {2, 3, 4, 5, 6}, "train": {4, 5}, "in": {4, 5}, "out": {6}}
+    lengths = {"sft": {2, 4, 5, 6}, "train": {4, 5}, "in": {4, 5}, "out": {6}}
     questions = {}
     for split, count in counts.items():
         problems = load_problems("arithmetic", split)
@@ -61,24 +61,27 @@ def test_built_in_problems_have_right_answers_and_no_held_out_question_is_traine
 
 
 def test_the_corpus_has_two_habits():
-    """One term is right, two are a guess. Of ten lines that could be either, four take one."""
+    """One term is right, two are a guess. One solution in five, of each length, takes ones."""
     right = {1: [], 2: []}
-    careful = []
-    for problem in load_problems("arithmetic", "sft")[:3000]:
-        left = len(integers(problem.question)) - 1
+    careful = {4: [], 5: [], 6: []}  # by the number of terms
+    for problem in load_problems("arithmetic", "sft")[:6000]:
+        terms = integers(problem.question)
         *lines, boxed = problem.solution.split("\n")
+        taken = []
         for line in lines:
-            *terms, result = integers(line.replace("=", " "))
-            taken = len(terms) - 1
-            right[taken].append(sum(terms) == result)
-            if left > 1:
-                careful.append(taken == 1)
-            left -= taken
-        assert left == 0
+            *numbers, result = integers(line.replace("=", " "))
+            taken.append(len(numbers) - 1)
+            right[taken[-1]].append(sum(numbers) == result)
+        left = len(terms) - 1
+        ones = [1] * left
+        twos = [2] * (left // 2) + [1] * (left % 2)
+        assert taken in (ones, twos)
         assert boxed == f"\\boxed{{{result}}}"
+        if left > 1:
+            careful[len(terms)].append(taken == ones)
     assert all(right[1])
     assert 0.1 < fmean(right[2]) < 0.25
-    assert 0.37 < fmean(careful) < 0.43
+    assert all(0.16 < fmean(share) < 0.24 for share in careful.values())
 
 
 def test_problems_files_of_every_accepted_form(tmp_path, capsys):
