@@ -352,7 +352,7 @@ def score_table(scores):
 
 # The built-in problems are sums: problems, whether they are held out, numbers of terms.
 ARITHMETIC = {
-    "sft": (30_000, False, [2, 2, 4, 5, 6, 6]),  # warm-up
+    "sft": (30_000, False, [2, 2, 3, 4, 5, 6, 6]),  # warm-up
     "train": (10_000, False, [4, 5]),  # reinforcement learning
     "in": (1_000, True, [4, 5]),  # in domain: as long as in training
     "out": (1_000, True, [6]),  # out of domain: a length of the warm-up, never in RL

@@ -4,6 +4,7 @@
     python tests/miniature.py figure5      RFT, Online RFT, GRPO, GRPO with process supervision
     python tests/miniature.py figure6      a learned reward model, renewed or not
     python tests/miniature.py figure7      maj@k and pass@k, before and after
+    python tests/miniature.py trouble      what runs that go wrong look like in the log
     python tests/miniature.py exercises    the built-in run with one flag changed
     python tests/miniature.py memory       what GRPO keeps in memory, and what PPO would
     python tests/miniature.py all --seeds 10
@@ -81,6 +82,12 @@ FIGURE7 = {
     "after-in": f"{MANY_SAMPLES} --split in",
     "before-out": f"{MANY_SAMPLES}/sft --split out",
     "after-out": f"{MANY_SAMPLES} --split out",
+}
+TROUBLE = {
+    "built-in": BUILT_IN,
+    "lr-2e-3": f"{AFTER_WARM_UP} --lr 2e-3 --lr-end 0.1 --steps 60 --eval-every 20",
+    "cut-off": AS_BUILT_IN.replace("--max-new-tokens 40", "--max-new-tokens 12"),
+    "untaught": f"{BUILT_IN} --sft-steps 0",
 }
 EXERCISES = {
     "built-in": BUILT_IN,
@@ -272,6 +279,18 @@ def tabulate_figure7(seeds):
     return text
 
 
+TELLTALE = {"lr-2e-3": "kl", "cut-off": "truncated", "untaught": "entropy"}
+
+
+def tabulate_trouble(seeds):
+    """Compare, after 20 steps, the column of the log that tells with that of the built-in run."""
+    text = ""
+    for row, column in TELLTALE.items():
+        rows = {name: read_column(name, column, [20], seeds)[:, 0] for name in ("built-in", row)}
+        text += table(f"{column}, step 20", rows, {row: "built-in"})
+    return text
+
+
 def tabulate_exercises(seeds):
     """Compare each flag with the run as it is."""
     against = dict.fromkeys(list(EXERCISES)[1:], "built-in")
@@ -349,8 +368,22 @@ def draw_figure7(panels, seeds):
         panel.set(title=SPLITS[split], xlabel="k", xticks=ks, xticklabels=ks)
 
 
-def save_picture(path, draw_panels, seeds):
-    """Draw a picture of two panels that can be read on white and on black."""
+def draw_trouble(panels, seeds):
+    """Draw the column of the log that tells, for each kind of trouble."""
+    steps = range(1, 61)
+    units = {
+        "kl": "kl, nats per token",
+        "truncated": "truncated, share",
+        "entropy": "entropy, nats",
+    }
+    for panel, (row, column) in zip(panels, TELLTALE.items(), strict=True):
+        draw(panel, steps, read_column("built-in", column, steps, seeds), GREY, "built-in")
+        draw(panel, steps, read_column(row, column, steps, seeds), RED, row)
+        panel.set(title=units[column], xlabel="step")
+
+
+def save_picture(path, part, seeds):
+    """Draw the panels of a part, to be read on white and on black."""
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -359,10 +392,10 @@ def save_picture(path, draw_panels, seeds):
     grey = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     plt.rcParams.update(dict.fromkeys(grey, GREY) | {"font.size": 11})
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.2), sharey=True, layout="constrained")
-    draw_panels(panels, seeds)
+    figure, panels = plt.subplots(1, part.panels, figsize=(9, 3.2), layout="constrained")
+    part.draw(panels, seeds)
     for panel in panels:
-        panel.set_ylim(0, 1.02)
+        panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
         panel.grid(color=GREY, alpha=0.25)
         panel.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110, transparent=True)
@@ -377,6 +410,7 @@ class Part(NamedTuple):
     commands: dict[str, str]
     tabulate: Callable
     draw: Callable | None = None
+    panels: int = 2
 
 
 PARTS = {
@@ -384,6 +418,7 @@ PARTS = {
     "figure5": Part("Figure 5: four methods", FIGURE5, tabulate_figure5, draw_figure5),
     "figure6": Part("Figure 6: a learned reward", FIGURE6, tabulate_figure6, draw_figure6),
     "figure7": Part("Figure 7: maj@k and pass@k", FIGURE7, tabulate_figure7, draw_figure7),
+    "trouble": Part("What trouble looks like", TROUBLE, tabulate_trouble, draw_trouble, 3),
     "exercises": Part("Exercises: one flag changed", EXERCISES, tabulate_exercises),
     "memory": Part("Memory", MEMORY, tabulate_memory),
 }
@@ -432,7 +467,7 @@ def main():
         print(f"{name}: {run_missing(jobs)} of {len(jobs)} were missing")
         write_section(part, seeds)
         if part.draw:
-            save_picture(ROOT / ".github" / f"{name}.png", part.draw, seeds)
+            save_picture(ROOT / ".github" / f"{name}.png", part, seeds)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ def integers(text):
 
 def test_built_in_problems_have_right_answers_and_no_held_out_question_is_trained_on():
     counts = {"sft": 30_000, "train": 10_000, "in": 1_000, "out": 1_000}
-    lengths = {"sft": {2, 4, 5, 6}, "train": {4, 5}, "in": {4, 5}, "out": {6}}
+    lengths = {"sft": {2, 3, 4, 5, 6}, "train": {4, 5}, "in": {4, 5}, "out": {6}}
     questions = {}
     for split, count in counts.items():
         problems = load_problems("arithmetic", split)
@@ -63,8 +63,8 @@ def test_built_in_problems_have_right_answers_and_no_held_out_question_is_traine
 def test_the_corpus_has_two_habits():
     """One term is right, two are a guess. One solution in five, of each length, takes ones."""
     right = {1: [], 2: []}
-    careful = {4: [], 5: [], 6: []}  # by the number of terms
-    for problem in load_problems("arithmetic", "sft")[:6000]:
+    careful = {3: [], 4: [], 5: [], 6: []}  # by the number of terms
+    for problem in load_problems("arithmetic", "sft")[:9000]:
         terms = integers(problem.question)
         *lines, boxed = problem.solution.split("\n")
         taken = []

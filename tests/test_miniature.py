@@ -2,10 +2,13 @@
 
 import random
 import re
+from xml.etree import ElementTree
 
 import miniature
 import numpy as np
+import one_step
 import pytest
+import torch
 
 import eval as evaluation
 import train
@@ -125,3 +128,23 @@ def test_a_run_that_fails_is_named(tiny, tmp_path):
     with pytest.raises(RuntimeError, match=r"tiny-1 ended with status 1: see .*tiny-1\.log"):
         miniature.main()
     assert not (tmp_path / "tests" / "RESULTS.md").exists()
+
+
+def test_the_picture_of_a_step_shows_every_token_as_the_update_moved_it(tmp_path):
+    """A model of random weights, and rewards as if one completion were right."""
+    model, tokenizer = train.make_tiny_model(0, torch.device("cpu"))
+    evaluation.save_model(model, tokenizer, tmp_path / "model")
+    problem, tokens, rewards, batch, changes = one_step.take_step(tmp_path / "model", 3)
+    assert len(tokens) == len(rewards) == len(changes) == 8
+    changes = torch.where(torch.arange(8)[:, None] == 5, 1.0, -1.0).expand(batch.mask.shape)
+    rewards = [float(row == 5) for row in range(8)]
+    picture = one_step.draw(problem, tokens, rewards, batch, changes)
+    names = [(node.tag.split("}")[1], node) for node in ElementTree.fromstring(picture)]
+    fills = [node.get("fill") for name, node in names if name == "rect"]
+    first = int(batch.mask[5].sum())
+    assert len(fills) == batch.mask.sum()
+    assert set(fills[:first]) == {one_step.colour(1.0)}  # the one with a reward is drawn first
+    assert set(fills[first:]) == {one_step.colour(-1.0)}
+    words = [node.text for name, node in names if name == "text"]
+    assert f"1. Question: {problem.question}   (the answer is {problem.answer})" in words
+    assert "group: mean 0.125, std 0.354" in words

@@ -17,7 +17,10 @@ import train
 
 ROOT = Path(train.__file__).parent
 SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    page: (ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "tests/README.md")
+}
+README = "\n".join(PAGES.values())
 FENCES = re.findall(r"^( *)```(\w*)\n(.*?)^\1```$", README, re.M | re.S)
 TYPED = [line for _, language, text in FENCES if not language for line in text.splitlines()]
 PROSE = re.sub(r"(?ms)^ *```.*?^ *```$", "", README)
@@ -75,7 +78,7 @@ def test_there_are_commands_and_every_option_exists():
     assert len(COMMANDS) > 15 and any("--resume" in command for command in COMMANDS)
     fields = [*vars(train.Config()), *vars(evaluation.Options())]
     ours = {"--" + name.replace("_", "-") for name in fields} | {"--help"}
-    for name in ("bench.py", "make_assignment.py"):
+    for name in ("bench.py", "make_assignment.py", "miniature.py", "one_step.py"):
         source = (ROOT / "tests" / name).read_text(encoding="utf-8")
         ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     # of pip, accelerate and torchrun
@@ -96,13 +99,14 @@ def test_code_blocks_are_python_and_rewards_are_defined():
 
 def test_links_and_names_lead_somewhere():
     """Links of the README, the tests that it names, and the test beside every TRAP of the code."""
-    headings = [line.lstrip("# ").lower() for line in README.splitlines() if line.startswith("#")]
-    anchors = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        if target.startswith("#"):
-            assert target[1:] in anchors, target
-        elif not target.startswith("http"):
-            assert (ROOT / target).exists(), target
+    for page, text in PAGES.items():
+        headings = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
+        anchors = {re.sub(r"[^\w\- ]", "", heading).replace(" ", "-") for heading in headings}
+        for target in re.findall(r"\]\(([^)]+)\)", text):
+            if target.startswith("#"):
+                assert target[1:] in anchors, target
+            elif not target.startswith("http"):
+                assert (ROOT / page).parent.joinpath(target).exists(), target
     known = names_of_tests()
     assert set(re.findall(r"`(test_\w+)`", README)) - {"test_objective", "test_mutants"} <= known
     traps = 0
@@ -127,4 +131,7 @@ def test_the_card_is_kept():
     for name in SCRIPTS:
         count = len((ROOT / name).read_text(encoding="utf-8").splitlines())
         assert f"[{name}]({name}) | {count} |" in README
-    assert (ROOT / ".github" / "learning.png").stat().st_size <= 150_000
+    for picture in (ROOT / ".github").glob("*.*g"):
+        assert picture.stat().st_size <= 150_000
+    assert len(PAGES["README.md"].encode()) <= 15_000
+    assert len(PAGES["README.md"].splitlines()) <= 300
