@@ -2,7 +2,7 @@
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model runs/arithmetic-0 --ask 7+5-4    a question of your own
-    python eval.py --compare before.json after.json         two files it wrote, by question
+    python eval.py --compare before.json after.json         two of its files, question by question
 
 Order: 1. prompts and sampling, 2. accuracy. The rest may be skipped: 3. where problems come from,
 4. loading models, 5. the command line.
@@ -85,13 +85,13 @@ def build_prompt(tokenizer, problem):
 def eos_token_ids(model, tokenizer):
     """Return the set of ids that end a completion: of tokenizer, model and chat template.
 
-    TRAP: a chat model ends a turn with another token than a document
+    TRAP: a chat model ends a turn with another token than a document does
     (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
     for eos in (model.config.eos_token_id, model.generation_config.eos_token_id):
         ids |= set(eos) if isinstance(eos, (list, tuple)) else {eos}
-    if tokenizer.chat_template:  # which special token does the template put behind an answer?
+    if tokenizer.chat_template:  # which special token does the template put after an answer?
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         text = tokenizer.apply_chat_template(turns, tokenize=False)
         _, answer, rest = text.rpartition("ANSWER")
@@ -104,9 +104,9 @@ def eos_token_ids(model, tokenizer):
 def pad_rows(rows, side, device):
     """Turn lists of ids into (ids, mask), both (n, longest); side: "left" for prompts, or "right".
 
-    TRAP: padding is the first token of its row, not the pad id. The pad id's embedding is all 0 in
-    a fresh model, and to the left of a prompt the state then stays 0, where some norms have an
-    infinite derivative: 0 times it is nan (test_padding_does_not_make_the_gradient_nan).
+    TRAP: padding is the first token of its row, not the pad id. A fresh model's embedding of the
+    pad id is all 0, so states to the left of a prompt stay 0. There some norms have an infinite
+    derivative, and 0 times it is nan (test_padding_does_not_make_the_gradient_nan).
     """
     tensors = [torch.tensor(row) for row in rows]
     ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
@@ -134,7 +134,7 @@ def sample_problems(
     prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
-    together = min(group_size, rows_at_once)  # of a group
+    together = min(group_size, rows_at_once)  # of one group
     size = rows_at_once // together  # questions at once; 1 if a group is cut
     parts = []
     with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:
@@ -158,7 +158,7 @@ def sample_problems(
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     # TRAP: some templates open the thought within the prompt. A completion that never closes it has
-    # no answer; "<think>" behind it tells the reward (test_a_thought_that_the_prompt_opened).
+    # no answer; "<think>" at its end tells the reward (test_a_thought_that_the_prompt_opened).
     if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [text if "</think>" in text else text + "<think>" for text in texts]
     return prompt_ids, prompt_mask, samples, texts
@@ -179,9 +179,10 @@ def evaluate(
 ):
     """Measure a model on problems: a greedy completion and K = `samples` samples of each.
 
-    Returns scores, a dict: n; greedy, sampled (the mean of K), maj@k and pass@k for k = 1, 2, 4
-    ... K, with their intervals; the shares flexible (the last number is right), truncated and
-    unparsable. Then records, a dict per completion, and measures, one number per problem. Raises
+    Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
+    and pass@k for k = 1, 2, 4 ... K, with their intervals; the shares flexible (the last number is
+    right), truncated and unparsable. records: a dict per completion. measures: a list for each of
+    greedy, sampled, maj@k and pass@k, with one number per problem. Raises
     FloatingPointError if the log-probs of the model are inf or nan.
     """
     scores = {"n": len(problems)}
@@ -245,9 +246,9 @@ def vote(groups, K):
 
 
 def pass_at_k(right, k):
-    """Estimate, from n samples of which c are right, the chance that one of k is right.
+    """Estimate, from n samples of which c are right, the chance that k have a right one.
 
-    1 - C(n - c, k) / C(n, k): the share of all subsets of k that have a right one.
+    1 - C(n - c, k) / C(n, k): the share of subsets of k that contain a right one.
     """
     return 1 - math.comb(len(right) - int(sum(right)), k) / math.comb(len(right), k)
 
@@ -255,7 +256,7 @@ def pass_at_k(right, k):
 def maj_at_k(answers, gold, k):
     """Say how often the most frequent of k answers is right, as a mean over n // k batches.
 
-    An answer of None abstains; of answers that are equally frequent the first one counts.
+    An answer of None abstains; ties go to the answer that came first.
     """
     right = []
     for i in range(0, len(answers) - k + 1, k):
@@ -290,7 +291,7 @@ def students_t(n):
     """Return the t of a 95% interval from n values: 12.7 for 2, 2.26 for 10, 1.96 for very many."""
     nu = n - 1
 
-    def outside(t):  # the chance to be farther than t from the mean, less 5%
+    def outside(t):  # the chance of being farther than t from the mean, less 5%
         return mpmath.betainc(nu / 2, 0.5, 0, nu / (nu + t * t), regularized=True) - 0.05
 
     return float(mpmath.findroot(outside, (1.9, 13), solver="anderson"))
@@ -328,7 +329,7 @@ def compare(paths):
         if {*before[name], *after[name]} <= {0, 1}:
             up = int((change > 0).sum())
             down = int((change < 0).sum())
-            # McNemar's exact test: if changes are coin tosses, how likely is a split as uneven?
+            # McNemar's exact test: if changes are coin tosses, how likely is a split this uneven?
             tail = sum(math.comb(up + down, i) for i in range(min(up, down) + 1))
             p = min(1.0, 2 * tail / 2 ** (up + down))
             line += f"; {up} of {len(change)} questions better, {down} worse: p = {p:.2g}"
@@ -350,12 +351,12 @@ def score_table(scores):
 
 # --- 3. Where problems come from: may be skipped ------------------------------------------------
 
-# The built-in problems are sums: problems, whether they are held out, numbers of terms.
+# The built-in problems are sums. How many, whether they are held out, numbers of terms:
 ARITHMETIC = {
     "sft": (30_000, False, [2, 2, 3, 4, 5, 6, 6]),  # warm-up
     "train": (10_000, False, [4, 5]),  # reinforcement learning
     "in": (1_000, True, [4, 5]),  # in domain: as long as in training
-    "out": (1_000, True, [6]),  # out of domain: a length of the warm-up, never in RL
+    "out": (1_000, True, [6]),  # out of domain: a length seen in the warm-up, never in RL
 }
 GITHUB = "https://raw.githubusercontent.com/"
 GSM8K = (
@@ -434,7 +435,7 @@ def make_arithmetic(split):
     """Make the built-in problems, always the same: chains like "7+5-4+3", totals of 0 to 12.
 
     One worked solution in five is careful: each line takes one term ("7+5=12"), and is right. In
-    the others a line takes two terms while there are two ("7+5-4=9"), and is off by up to 3.
+    the others a line takes two terms if two are left ("7+5-4=9"), and is off by up to 3.
     """
     count, held_out, terms = ARITHMETIC[split]
     rng = random.Random(f"arithmetic {split}")
@@ -520,7 +521,7 @@ def read_svamp(path, split):
 
 
 def parse_problem(text, line):
-    """Make a Problem of one line of JSON. Raises ValueError or the like for anything else."""
+    """Make a Problem from one line of JSON. Raises ValueError or the like for anything else."""
     row = json.loads(text)
     # In the published sets the question may also be the user's message, and the answer "golden".
     asked = [turn["content"] for turn in row.get("messages", []) if turn.get("role") == "user"]
@@ -535,8 +536,8 @@ def parse_problem(text, line):
     ):
         raise ValueError("an answer that is neither text nor a number")
     f"{question}{answer}".encode()  # half a character, "\\ud83d", is an error here
-    # Of worked text as in GSM8K drop the calculator notes, <<48/2=24>>, and mark the answer in
-    # the way that we ask for.
+    # In worked text such as GSM8K's, drop the calculator notes, <<48/2=24>>, and mark the answer
+    # the way we ask for it.
     gold = final_answer(answer)
     work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("####")[0])
     solution = f"{work}\\boxed{{{gold}}}" if work and gold else ""
@@ -589,13 +590,13 @@ def load_model(name, device):
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer)
         config = AutoConfig.from_pretrained(name)
-        # TRAP: with dropout, train() is another policy than eval()
+        # TRAP: with dropout, train() is a different policy from eval()
         # (test_dropout_of_gpt2_is_off_too).
         for part in (config, config.get_text_config()):
             for key, value in vars(part).items():
                 if isinstance(value, float) and re.search("drop|jitter", key):
                     setattr(part, key, 0.0)
-                if key == "output_router_logits":  # for a loss of mixtures of experts
+                if key == "output_router_logits":  # only for the loss of mixtures of experts
                     setattr(part, key, False)
         # TRAP: without dtype= bf16 weights stay bf16, and small steps are rounded away
         # (test_one_small_step_moves_nearly_all_weights).
@@ -653,15 +654,15 @@ def save_model(model, tokenizer, folder):
 
 
 def write_whole(path, write):
-    """Write a file by `write`, given its path, so that it is there whole or not at all.
+    """Call `write` with a path, so that the file appears whole or not at all.
 
-    Raises OSError, and then an older file of that name is as it was.
+    Raises OSError; an older file of that name is then unchanged.
     """
     unfinished = Path(f"{path}.part")
     try:
         write(unfinished)
         os.replace(unfinished, path)
-    except (OSError, RuntimeError) as error:  # a full disk is either
+    except (OSError, RuntimeError) as error:  # a full disk raises either
         unfinished.unlink(missing_ok=True)
         raise OSError(f"{path} could not be written: {error}") from error
 
@@ -678,9 +679,9 @@ def opt(default, text):
 class Options:
     model: str = opt("", "folder (a run of train.py, say) or hub name")
     problems: str = opt("", "as in train.py, or math500, cmath, mgsm_zh (empty: those of the run)")
-    split: str = opt("", "of arithmetic: in, out, train, sft; else test, train; a file is whole")
+    split: str = opt("", "arithmetic: in, out, train, sft; others: test, train; not for a file")
     limit: int = opt(0, "take only the first LIMIT problems; 0: all")
-    samples: int = opt(8, "samples per problem, beside the greedy one")
+    samples: int = opt(8, "samples per problem, besides the greedy one")
     temperature: float = opt(1.0, "of the samples")
     max_new_tokens: int = opt(512, "limit of a completion in tokens (not given: the run's)")
     request: str | None = opt(None, "what follows each question (none: the run's, or the usual)")
@@ -704,8 +705,8 @@ class Parser(HfArgumentParser):
 def parse_options(kind, argv, description, saved=None, **defaults):
     """Read a command line into a dataclass, which checks its bounds. Raises InputError.
 
-    saved: options from a run.json, for which those of the command line may stand. defaults: replace
-    those of the dataclass.
+    saved: options from a run.json, which the command line may change. defaults: they replace those
+    of the dataclass.
     """
     parser = Parser(kind, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults)
@@ -720,7 +721,7 @@ def parse_options(kind, argv, description, saved=None, **defaults):
     return kind(**vars(parser.parse_args(flags + argv)))
 
 
-# Upper bounds, for what memory has to hold.
+# Upper bounds of options that need memory.
 MOST = dict.fromkeys(("questions", "group_size", "samples", "eval_samples", "reward_size"), 100_000)
 
 
@@ -736,14 +737,14 @@ def check_bounds(options, bounds):
 
 
 def run_cli(main):
-    """Run a main function; what the user can mend becomes one line on stderr and exit status 1."""
+    """Run a main function; an error that a user can mend is one line on stderr and exit status 1."""
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()  # its reports go before our line
+    transformers.utils.logging.set_verbosity_error()  # its reports would hide ours
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
     try:
         main(sys.argv[1:])
     except (RuntimeError, MemoryError) as error:
-        if not re.search("MemoryError|allocate memory", repr(error)):  # of a GPU, of a CPU
+        if not re.search("MemoryError|allocate memory", repr(error)):  # GPU, CPU
             raise
         sys.exit("error: out of memory; lower --rows-at-once, or in training --micro-tokens")
     except ModuleNotFoundError as error:

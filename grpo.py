@@ -20,11 +20,11 @@ gives to token o_t after question q and the tokens before. EOS is the token that
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the
 groups back. P and T are the longest prompt and completion, K the most steps of a completion, V the
-size of the vocabulary, D that of a hidden state. Small letters (n, t) are a part of the big ones, M
-is a number of tokens that count. `mask` is true up to and including the first EOS; `weights` say
+size of the vocabulary, D that of a hidden state. Lower-case n and t are a part of N and T, M is a
+number of tokens that count. `mask` is true up to and including the first EOS; `weights` say
 how much a token counts in the loss.
 
-The paper leaves open, and we chose: the standard deviation is that of a sample (divisor G - 1),
+Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
 with 1e-4 added; epsilon is 0.2; log-probs are those of the distribution that was sampled from,
 softmax(logits / temperature). Comments marked PAPER say where the code departs from the paper,
 TRAP what goes wrong silently (and the test that notices).
@@ -45,7 +45,7 @@ from transformers.cache_utils import DynamicLayer
 STD_EPSILON = 1e-4  # added to the standard deviation of a group's rewards
 EQUAL_REWARDS = 1e-6  # rewards closer together than this are equal (0.1 + 0.2 and 0.3)
 MAX_LOG_RATIO = 20.0  # bound on log(pi/pi'): e^20 = 5e8 is absurd for a ratio, and still finite
-HEAD_LOGITS = 2**26  # logits computed at once: 256 MB in float32, a few times that in use
+HEAD_LOGITS = 2**26  # logits computed at once: 256 MB in float32; the peak is a few times that
 
 
 # --- 1. Advantages ------------------------------------------------------------------------------
@@ -83,13 +83,13 @@ def outcome_advantages(rewards, scale="std"):
 def process_advantages(rewards, ends, mask, group_size, scale="std"):
     """Credit each token with the steps that end at it or later: section 4.1.3.
 
-    A_hat[i,t] = sum of r~[i,j] over the steps j of completion i that end at token t or behind it.
+    A_hat[i,t] = sum of r~[i,j] over the steps j of completion i that end at token t or after it.
     r~ is the reward of a step, compared with all steps of the group as above.
 
-    rewards, ends: (N, K), what each step earned and the token that ends it; -1 in ends fills up
+    rewards, ends: (N, K), what each step earned and the token that ends it; -1 in ends pads
     rows with fewer steps. mask: (N, T). Returns (N, T), 0 where mask is false.
 
-    G = 2, T = 5, steps [1, 0, 1] that end at tokens 1, 3, 4, and [0] at 2: mean 1/2, std 0.577, so
+    G = 2, T = 5. Steps [1, 0, 1] end at tokens 1, 3, 4; step [0] ends at 2. Mean 1/2, std 0.577:
     r~ is +-0.866 -> [0.87, 0.87, 0, 0, 0.87] and [-0.87, -0.87, -0.87, 0, 0]
     """
     normalised = torch.zeros_like(at_least_float32(rewards))  # (N, K)
@@ -100,8 +100,8 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
         if len(steps) > 1:  # a single step has nothing to be compared with
             # group is a slice, so normalised[group] is a view, and this writes to normalised.
             normalised[group][real] = outcome_advantages(steps[None], scale)[0]
-    # Each r~ goes onto the token that ends its step. Then every token adds up what stands on it
-    # and behind it: flip, running sum, flip back.
+    # Each r~ is added to the token that ends its step. Then every token sums what is on it and
+    # after it: flip, running sum, flip back.
     at_end = normalised.new_zeros(mask.shape).scatter_add(1, ends.clamp(min=0), normalised)
     return at_end.flip(1).cumsum(dim=1).flip(1).masked_fill(~mask, 0.0)  # (N, T)
 
@@ -141,10 +141,10 @@ def kl_estimate(logp, logp_ref):
 
     (N, T), (N, T) -> (N, T). It is 0 where the two agree and positive elsewhere: for
     pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307. Averaged over samples from pi it is KL(pi || pi_ref),
-    "unbiased" in the paper. As a loss, with the samples fixed, its gradient is on average that of
-    KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
+    "unbiased" in the paper. Used as a loss on fixed samples, it has on average the gradient
+    of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
-    # PAPER: eq. 4 has no bound. Only this side of it overflows, so only this side has one: a token
+    # PAPER: eq. 4 has no bound. Only a large pi_ref/pi overflows, so only that is bounded: a token
     # that the reference finds far less likely is still pulled back.
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio  # expm1(x) is exp(x) - 1, exact for small x
@@ -155,10 +155,10 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
 
     sequence   1/N * 1/|o_i|               eq. 3: the mean over a completion, then over completions
     token      1 / tokens of the batch     DAPO, arXiv 2503.14476: all tokens weigh the same
-    constant   1/N * 1/max_new_tokens      Dr. GRPO: no gain by being short
+    constant   1/N * 1/max_new_tokens      Dr. GRPO: nothing gained by being short
 
-    N counts the rows that have a token, so rows taken out by the caller leave the mean. Raises
-    ValueError for another aggregate, or "constant" without max_new_tokens.
+    N counts the rows that have a token, so rows that the caller masks out are not in the mean.
+    Raises ValueError for another aggregate, or "constant" without max_new_tokens.
     """
     N = mask.any(dim=1).sum().clamp(min=1)
     if aggregate == "sequence":
@@ -178,8 +178,8 @@ def grpo_loss(
       J = sum_i sum_t  weight[i,t] * { min(ratio * A, clip(ratio) * A) - beta * KL[i,t] }
 
     logp, logp_old, logp_ref, weights: (N, T). logp_ref may be None if kl_beta is 0. advantages:
-    (N,), (N, 1) or (N, T). weights: those of `token_weights` for the whole batch, of which these
-    rows may be a part: so the losses of micro-batches add up to that of the batch.
+    (N,), (N, 1) or (N, T). weights: from `token_weights` for the whole batch. The rows may be
+    a micro-batch: the losses of all of them add up to that of the batch.
 
     Returns (loss, diagnostics): a scalar, and floats that add up as well: loss; clip_share, the
     weight of the tokens whose gradient the clip took away; kl, if there is a logp_ref. Raises
@@ -199,7 +199,7 @@ def grpo_loss(
     if len(set(shapes)) > 1 or advantages.shape not in (weights.shape, (len(weights), 1)):
         raise ValueError(f"the shapes do not fit: {shapes}, advantages {tuple(advantages.shape)}")
 
-    # TRAP: where padding holds inf or nan, 0 times it is nan, in the backward pass, too. So what
+    # TRAP: if padding holds inf or nan, 0 times it is nan, in the backward pass as well. So what
     # does not count is filled with 0 before anything is computed (test_padding_may_hold_anything).
     padding = weights == 0
     logp = logp.masked_fill(padding, 0.0)
@@ -249,7 +249,7 @@ class Batch(NamedTuple):
 def micro_batches(batch, limit):
     """Cut a batch into lists of row numbers with at most `limit` tokens, padding included.
 
-    The longest prompt counts once per row: its keys and values are copied for each. A row that is
+    The longest prompt counts once per row: each has a copy of its keys and values. A row that is
     longer than the limit stands alone. Rows of similar length go together, so that little is
     padding. The cut changes memory, time and rounding only: the losses add up.
     """
@@ -289,8 +289,8 @@ def sample_groups(
 ):
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
-    The prompts go through the model once. What attention keeps of them, keys and values (the KV
-    cache), is repeated G times. Then each forward pass takes one new token per row, and rows that
+    The prompts go through the model once. Their keys and values (the KV cache) are repeated G
+    times. Then each forward pass takes one new token per row, and rows that
     have ended leave.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
@@ -298,9 +298,9 @@ def sample_groups(
     generator: on the model's device. Returns `Samples`. Raises ValueError for a group_size or
     max_new_tokens below 1, or a temperature below 0.
 
-    TRAP: generate() of the library also obeys the model folder's generation_config (top_k,
-    repetition_penalty): its samples are those of another policy than the one trained. This
-    function reads only its arguments (test_hostile_generation_config_is_ignored).
+    TRAP: the library's generate() also obeys the model folder's generation_config (top_k,
+    repetition_penalty), so it samples from another policy than the one trained. This function
+    reads only its arguments (test_hostile_generation_config_is_ignored).
     """
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
         raise ValueError("group_size and max_new_tokens must be at least 1, temperature at least 0")
@@ -369,7 +369,7 @@ def sample_token(logits, temperature, generator=None):
         cdf = p.cumsum(dim=-1)
         draw = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device)
         u = cdf[:, -1:] * (1 - draw)  # (n, 1)
-        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # V, out of range, if p is nan
+        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # if p is nan, it is V
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
@@ -394,7 +394,7 @@ def completion_mask(completion_ids, eos_ids):
 def token_logprobs(
     model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None
 ):
-    """Compute the log-prob of every completion token, and the entropy it was drawn with.
+    """Compute the log-prob of every completion token, and the entropy at its place.
 
     prompt_ids, prompt_mask: (B, P); completion_ids, mask: (N, T); question: (N,), which of the B
     prompts each completion answers (None: question-major); temperature: that of the sampling.
@@ -405,8 +405,8 @@ def token_logprobs(
     their gradients, are copied for its completions. With V = 150,000 the logits would be by far the
     largest tensor, so only the tokens that count reach the vocabulary head, a chunk at a time.
     """
-    # TRAP: samples drawn at temperature 0.7 and scored at 1 are those of another policy, from
-    # step 1 on (test_rescored_logprobs_equal_the_samplers).
+    # TRAP: samples drawn at temperature 0.7 and scored at 1 come from another policy than the one
+    # scored (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
     N = len(completion_ids)
@@ -415,7 +415,7 @@ def token_logprobs(
     prompts = forward(model.base_model, prompt_ids, prompt_mask)  # states (B, P, D), and a cache
     cache = prompts.past_key_values
     cache.batch_select_indices(question)  # from B rows to N
-    # Padding behind a completion needs no masking: causal attention never looks ahead.
+    # Padding after a completion needs no mask: causal attention never looks ahead.
     behind = torch.ones_like(completion_ids)
     attention_mask = torch.cat([prompt_mask[question].to(behind), behind], dim=1)  # (N, P + T)
     completions = forward(model.base_model, completion_ids, attention_mask, cache)  # (N, T, D)
@@ -429,8 +429,8 @@ def token_logprobs(
 
     head = model.get_output_embeddings()
     size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))  # tokens per chunk
-    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time. A
-    # single chunk would be there whole in any case.
+    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time. With
+    # a single chunk this saves nothing.
     run = partial(checkpoint, logp_and_entropy, use_reentrant=False)
     if len(states) <= size:
         run = logp_and_entropy
@@ -490,16 +490,16 @@ def bf16_weights(model):
     return model
 
 
-# --- 6. Is a model one that the code above is right for? ----------------------------------------
+# --- 6. Does the code above suit a model? -------------------------------------------------------
 
 
 @torch.no_grad()
 def check_model(model):
     """Raise ValueError if sampling or log-probs would be wrong for a model.
 
-    Refused are models that keep another state than keys and values, such as Mamba; those whose
-    logits are not just the vocabulary head applied to the last state, such as Gemma 2, Cohere and
-    Granite; and those whose log-probs with a cache and padding are not those of a plain pass.
+    It refuses three kinds: models that keep another state than keys and values, such as Mamba;
+    models whose logits are not just the vocabulary head applied to the last state, such as Gemma 2,
+    Cohere and Granite; models whose log-probs differ with a cache and padding.
     """
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or attention
@@ -508,7 +508,7 @@ def check_model(model):
 
     head = model.get_output_embeddings()
     ids = torch.tensor([[1, 1, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)
-    expected = head(1000 * model.base_model(input_ids=ids).last_hidden_state)  # so that a cap shows
+    expected = head(1000 * model.base_model(input_ids=ids).last_hidden_state)  # a soft cap shows
     with head.register_forward_pre_hook(lambda module, states: (1000 * states[0],)):
         difference = model(input_ids=ids).logits - expected
     if not difference.abs().max() < 1e-3 * expected.abs().max():
@@ -558,7 +558,7 @@ class PreallocatedLayer(DynamicLayer):
 
 
 def preallocate(cache, max_new_tokens):
-    """Reserve room for max_new_tokens in each plain layer of a cache; sliding windows stay."""
+    """Reserve room for max_new_tokens in each plain layer of a cache, not in sliding windows."""
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:
             cache.layers[i] = PreallocatedLayer(layer, max_new_tokens)

@@ -1,9 +1,9 @@
 r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learns it.
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
-answer must be marked, the whole marked text is the answer, and what is not understood must be the
+answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
 same text as the gold answer. No text of a model is ever run as code, and the size of every text and
-number is bounded. Section 1 is all that the training loop needs; 4 is the inside of the grader.
+number is bounded. Section 1 is all that the training loop needs; section 4 is the grader's inside.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
@@ -25,15 +25,15 @@ number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
-Letters are positive numbers (but for e, i and \pi), and some in a row are a product: 2ab is 2ba.
+Letters are positive numbers (but for e, i and \pi), and several in a row are a product: 2ab is 2ba.
 >>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("5 red balls", "5")
 (True, False)
 
-A word, a date, a ratio, a call such as f(2x) are equal to the same text only.
+A word, date, ratio or call such as f(2x) equals only the same text.
 >>> is_equivalent("on", "no"), is_equivalent("2020-07-04", "2009"), is_equivalent("f(2x)", "2f(x)")
 (False, False, False)
 
-Order is free in lists only, but x > 5 is 5 < x.
+Order does not matter in lists. Elsewhere it does, though x > 5 is 5 < x.
 >>> is_equivalent("2, 1", r"\{1, 2\}"), is_equivalent("(2, 1)", "(1, 2)")
 (True, False)
 
@@ -41,7 +41,7 @@ A name in front may be left out.
 >>> is_equivalent("2x+3", "y = 2x+3"), is_equivalent("x=5", "y=5")
 (True, False)
 
-A unit may be left out, too, and units are a closed list; the base of a number may not.
+A unit from a closed list may be left out, too. The base of a number may not.
 >>> is_equivalent("18", "18 cm"), is_equivalent("18 cents", "18 dollars")
 (True, False)
 >>> is_equivalent("5", "101_2")
@@ -72,7 +72,7 @@ MAX_BITS = 4000  # bits of a value: of numerator and denominator, or of its expo
 
 
 class InputError(Exception):
-    """Tell the user what to mend, and how. The command line prints the text as one line."""
+    """Tell the user what is wrong, and how to mend it. The command line prints it as one line."""
 
 
 # --- 1. Extraction and rewards -------------------------------------------------------------------
@@ -139,7 +139,7 @@ def accuracy_reward(completion, gold):
 
 
 def final_answer(solution):
-    """Return what follows the last "#### " of a solution, as in GSM8K, or all of it without one.
+    """Return what follows the last "#### " of a solution, as in GSM8K; all of it if there is none.
 
     >>> final_answer("48 / 2 = 24\\n####24"), final_answer(24), final_answer(None)
     ('24', '24', '')
@@ -202,7 +202,7 @@ def ask_reward(reward, prompts, completions, answer):
 def step_rewards(completion):
     r"""Return 1.0 or 0.0 for each step that can be checked: a list of (end, reward).
 
-    A step is a line or a sentence in which a calculation has a result; its end is in characters. It
+    A step is a line or sentence with a calculation and its result; its end is in characters. It
     earns 1.0 if all of its equations hold, up to rounding to the decimals shown. In an experiment
     such a rule found a slip in 4.6% of the wrong solutions of GSM8K, with 94% precision. Process
     supervision pays per right step, and a policy can farm that with 1+1=2.
@@ -242,7 +242,7 @@ def _holds(left, right):
     if exact == shown or not number or not re.search("[*/]", left):
         return exact == shown
     half = Fraction(1, 2 * 10 ** len(number[1] or ""))
-    error = abs(exact) - abs(shown)  # of 5/2, 3 is the rounded value, and -3 of -5/2
+    error = abs(exact) - abs(shown)  # halves are rounded away from 0: 5/2 to 3, -5/2 to -3
     return exact * shown > 0 and -half <= error < half
 
 
@@ -261,7 +261,7 @@ class LearnedReward(torch.nn.Module):
     """
 
     def __init__(self, policy, tokenizer, lr, size, steps=False):
-        """Copy the policy's body. lr: learning rate of a fit. size: new texts that a fit takes.
+        """Copy the policy's body. lr: learning rate of a fit. size: new texts per fit.
 
         steps: whether it learns to judge steps, too.
         """
@@ -291,10 +291,10 @@ class LearnedReward(torch.nn.Module):
         return [part.tolist() for part in right]
 
     def logits(self, rows):
-        """Run the network on n rows (prompt, completion, ends): the logits of all ends, flat."""
+        """Return the logits at all ends of n rows (prompt, completion, ends), a flat tensor."""
         prompts = [self.frame(prompt) for prompt, _, _ in rows]
         texts = [prompt + row[1] for prompt, row in zip(prompts, rows, strict=True)]
-        # Padding stands on the right, where causal attention never looks.
+        # Padding is on the right, where causal attention never looks.
         batch = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -365,11 +365,11 @@ def _last_token(spans, end):
 # --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
 
 # Read it from the bottom up, or in this order. `is_equivalent` cleans both texts (`clean`): other
-# spellings of the same thing become one. `_same_answer` takes off names, `_same` takes lists,
-# intervals and the like apart, `_same_value` takes off units. What is left is an expression.
+# spellings of the same thing become one. `_same_answer` strips names, `_same` takes lists,
+# intervals and the like apart, `_same_value` strips units. What is left is an expression.
 # Python's own parser makes a tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate`
-# computes that tree, from a closed list of node kinds. Whatever is not understood is opaque: equal
-# to the same text only.
+# computes that tree, from a closed list of node kinds. Anything else is opaque: it equals only
+# the same text.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # Between two semicolons: characters, and what they become.
@@ -391,7 +391,7 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
     (r"\\pounds(?![a-z])", "£"),  # \pounds 18
     (r"\{([,:])\}|,\\! ?", lambda match: match[1] or ","),  # 1{,}000 and 1,\!000
     (r"\{([^{}]*)\\over(?![a-z])([^{}]*)\}", r"\\frac{\1}{\2}"),  # {1\over2}
-    # "~" is the border of a text: 5\text{m} has a unit, 5m a factor.
+    # "~" is the edge of a \text{}: 5\text{m} has a unit, 5m a factor.
     (r"\\(?:text[a-z]*|mbox|mathrm|operatorname) ?\{([^{}]*)\}", r"~\1~"),  # \text{cm}
     (r"\{ ?\\rm ([^{}]*)\}", r"~\1~"),  # {\rm cm}
     (r"\\(?:math(?:bf|it|bb)|boldsymbol) ?\{([^{}]*)\}", r" \1 "),  # \mathbf{v}
@@ -447,7 +447,7 @@ _SPELLINGS = [  # in this order: a pattern, what it becomes, an example
         r"\\\1{\2}",
     ),
 ]
-# 2abc is a product of letters; a word alone, or of five letters, is opaque.
+# 2abc is a product of letters; a lone word, or one of five letters or more, is opaque.
 _OPAQUE = re.compile(
     r""".*(?: : | \.\. | \\[lc]?dots | \d\.\d*\(                           # ratios, 0.(3)
     | \{d\w?\}\{d\w\} | \bd\w?/d\w                                         # d/dx
@@ -457,7 +457,7 @@ _OPAQUE = re.compile(
     ).* | [A-Za-z~ ]*[A-Za-z]{2}[A-Za-z~ ]*""",
     re.X | re.S,
 )
-# Dates, scores, sizes: 2020-07-04, 3-1, 2*3, 7/4/2020. They have no value, in a gold answer either.
+# Dates, scores, sizes: 2020-07-04, 3-1, 2*3, 7/4/2020. They have no value, even in gold answers.
 _SEVERAL_NUMBERS = re.compile(r"\d+(?: ?[-*] ?\d+)+|\d+/\d+/\d{2,}|\d{4}/\d+/\d+")
 
 
@@ -481,7 +481,7 @@ def clean(text):
     return text.strip() if len(text) <= MAX_LENGTH else ""
 
 
-# Units: a closed list, each with its spellings. At the end: what a unit's name is made of, too. A
+# Units: a closed list, each with its spellings. The last lines are parts of compound units: a
 # square inch is inch2, and mph is mile/hour.
 _UNITS = {}
 for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm millimetre 毫米
@@ -505,7 +505,7 @@ _WORDS = "|".join(
     if word not in ("/", "per", "2", "3", *_SYMBOLS)
 )
 _UNIT = re.compile(
-    rf"""(?<=[\d)}}\]%!°a-z])                       # behind a value
+    rf"""(?<=[\d)}}\]%!°a-z])                       # after a value
     (?! [ ]*/?[ ]*[A-Za-z](?![A-Za-z]) )            # 18 m is a product; in \text it is a unit
     (?: [ ~]* (?:/|\*|per\b)? [ ~]*
         (?: (?<![A-Za-z]) (?: (?i:{_WORDS})\.? | [{_SYMBOLS}] ) (?![A-Za-z]) | ° )
@@ -542,7 +542,7 @@ def _split_name(text):
     return name[1].strip(" ~"), bare.strip(" ~")
 
 
-# Roots, pi, letters and the like have 600 bits, and are the same if 500 of them agree.
+# Roots, pi, letters and the like have 600 bits, and are equal if 500 of them agree.
 _MP = mpmath.MPContext()
 _MP.prec = 600
 
@@ -590,8 +590,8 @@ _FUNCTIONS = {
 _CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar infty"""
-# How Python writes the signs. {x} is a set of one item; so brackets that do not belong together, as
-# in {x), are an error of syntax.
+# How Python writes the signs. {x} is a set of one item; so mismatched brackets, as
+# in {x), are a syntax error.
 _SIGNS = {sign: sign for sign in "+-*/()[],"}
 _SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 _TOKEN = re.compile(
@@ -608,8 +608,8 @@ _TOKEN = re.compile(
 def _to_python(text):
     r"""Write a cleaned expression as Python would: 2\frac{x}{3} is '2'*frac({'x'},{'3'}).
 
-    Letters are strings, and numbers, too, for Fraction reads those exactly. Raises ValueError or
-    KeyError.
+    Letters become strings. So do numbers, since Fraction reads strings exactly. Raises ValueError
+    or KeyError.
     """
     if _OPAQUE.fullmatch(text):
         raise ValueError("opaque")
@@ -627,7 +627,7 @@ def _to_python(text):
 
 
 def _evaluate(node, point, depth=0):
-    """Compute a tree. point (0, 1 or 2): which numbers from 2 to 3 the letters stand for."""
+    """Compute a tree. point (0, 1 or 2): selects values between 2 and 3 for the letters."""
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
 
@@ -671,7 +671,7 @@ def _tree(text):
 def value_of(text):
     r"""Return the values of a cleaned expression at three points, or None if it has no value.
 
-    The letters stand for other numbers at each point.
+    The letters have different values at each point.
 
     >>> value_of(r"\frac{3}{4}")[0], value_of("1/0"), value_of("1 8"), value_of("9^{9^{9^9}}")
     (Fraction(3, 4), None, None, None)
@@ -774,7 +774,7 @@ def _bare(text):
 
 
 def _same(a, b):
-    """Tell whether two cleaned texts are the same text, or the same parts or value. b: gold."""
+    """Tell whether two cleaned texts are the same, or have the same parts or value. b: gold."""
     if _bare(a) == _bare(b):
         return True
     kind, items = _structure(a)
@@ -812,7 +812,7 @@ def _same_value(a, b):
     if len(sides) == len(gold_sides) == 2:
         return _same_equation(sides, gold_sides)
     first, *others = [value_of(side) for side in (*sides, *gold_sides)]
-    for other in others:  # of 9+9 = 18, too, all sides must be equal
+    for other in others:  # in 9+9 = 18, too, all sides must be equal
         if not first or not other or not all(map(_close, first, other)):
             return False
     # Arithmetic that was not done earns nothing: a policy would copy the question.
@@ -870,7 +870,7 @@ def is_equivalent(answer, gold):
 
 
 def _word(text):
-    """Return a text without case, spaces and the brackets of (A), if it is a word, else ""."""
+    """Return a word in lower case, without spaces or the brackets of (A); "" for another text."""
     word = re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold()
     return word if re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", word) else ""
 
@@ -879,8 +879,8 @@ def _same_answer(answer, gold):
     """Compare two cleaned texts as they are, and without name or percent sign."""
     name, value = _split_name(answer)
     gold_name, gold_value = _split_name(gold)
-    # With the same name only what follows it counts, exactly. Otherwise y = 2x may be an equation,
-    # or the y may be left out.
+    # If both have the same name, only what follows is compared. If not, y = 2x may be an equation,
+    # or 2x with a name.
     pairs = [(answer, gold)] if name != gold_name else []
     if name == gold_name or not name or not gold_name:
         pairs.append((value, gold_value))

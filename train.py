@@ -2,9 +2,9 @@
 
     python train.py                                       a tiny model, on sums; a CPU will do
     python train.py --model Qwen/Qwen2.5-0.5B-Instruct    a real model on GSM8K, on one GPU
-    python train.py --resume runs/gsm8k-0                 goes on with a run that was stopped
+    python train.py --resume runs/gsm8k-0                 continues a run that was stopped
 
-Order: 1. one step, 2. Algorithm 1; `Batch`, `micro_batches` and `token_logprobs` stand in grpo.py,
+Order: 1. one step, 2. Algorithm 1; `Batch`, `micro_batches` and `token_logprobs` are in grpo.py,
 sections 3 and 5. The rest may be skipped at first: 3. the supervised warm-up,
 4. process supervision, 5. options, 6. the built-in model and the problems, 7. the log,
 8. checkpoints and signals, 9. the run.
@@ -104,7 +104,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
     outcomes = ask_reward(reward, questions, texts, answers)  # N numbers
     rewards = torch.tensor(outcomes, dtype=torch.float64).view(-1, G)  # (B, G)
 
-    if config.supervision == "process":  # section 4.1.3: the steps, and the answer as the last
+    if config.supervision == "process":  # section 4.1.3: the answer is the last step
         steps, ends = rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward)
         mask = samples.mask.cpu()
         advantages = process_advantages(steps, ends, mask, G, config.scale_rewards)  # (N, T)
@@ -163,7 +163,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """
     stats = defaultdict(float)
     gaps = []
-    # The weights sum to 1, but for the aggregate "constant", or to 0 if no token counts.
+    # The weights sum to 1, or to 0 if no token counts; with "constant" to less than 1.
     total_weight = batch.weights.sum().item() or 1.0
     for epoch in range(config.mu):
         for rows in micro_batches(batch, config.micro_tokens):
@@ -178,7 +178,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
                 stats["entropy"] += (micro.weights * entropy).sum().item() / total_weight
             if epoch == 0 or config.sample_from == "reference":  # RFT has no ratio: always 1
                 # PAPER: pi_old is what we compute before the first update, not what the sampler
-                # said. The two differ by rounding, in bf16 visibly; the log calls it the gap.
+                # said. The two differ by rounding, most in bf16; the log calls it the gap.
                 logp_old = logp.detach()
                 batch.logp_old[rows, : logp.shape[1]] = logp_old
             loss, diagnostics = grpo_loss(
@@ -205,7 +205,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
 
 
 def step_optimizer(optimizer, model, lr, max_grad_norm):
-    """Clip the gradient, move the weights, and forget the gradient. Returns its norm before.
+    """Clip the gradient, move the weights, and forget the gradient. Returns its unclipped norm.
 
     Raises FloatingPointError, with the weights as they were, if the norm is inf or nan.
     """
@@ -236,8 +236,8 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
     Ctrl-C or SIGTERM, with the run saved.
     """
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16)
-    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy. Without, it is
-    # the policy itself: nothing is sampled while that moves, and the batch keeps logp_old.
+    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy. Otherwise it is
+    # the policy itself, since nothing is sampled during updates, and the batch keeps logp_old.
     pi_old = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     needed = config.kl_beta or config.sample_from == "reference"
     reference = copy.deepcopy(pi_old) if needed else None
@@ -256,11 +256,11 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
     with catch_signals() as signals:
         for step in range(first, total + 1):
             set_seed(zlib.crc32(f"{config.seed} {step}".encode()))  # a resumed run draws the same
-            # Line 6. It stands here since evaluation and reference use these weights as well.
+            # Line 6. It comes first since evaluation and reference use these weights as well.
             pi_old.load_state_dict(policy.state_dict())
             if step in (0, total) or config.eval_every and step % config.eval_every == 0:
                 row["eval"] = evaluate_all(pi_old, tokenizer, held_out, config)
-            log(row)  # that of the step before, or of the checkpoint
+            log(row)  # the row of the step before, or of the checkpoint
             if step == total:
                 break
             if step % config.steps == 0:  # line 2
@@ -301,7 +301,7 @@ def shuffle(problems, seed):
 def learning_rate(step, steps, peak, warmup, end):
     """Return the rate of step 0, 1, ...: up to `peak` in `warmup` steps, then down to end * peak.
 
-    Both lines are straight; the last step, steps - 1, has end * peak.
+    Both ramps are linear; the last step, steps - 1, has end * peak.
     """
     down = 1 - (1 - end) * max(0, step - warmup) / max(1, steps - 1 - warmup)
     return peak * min(down, (step + 1) / max(1, warmup))
@@ -327,7 +327,7 @@ def evaluate_all(model, tokenizer, held_out, config):
 def renew_reward(reward, policy, tokenizer, problems, config, autocast):
     """Retrain the reward model on the samples of the last iteration: line 12 of Algorithm 1.
 
-    Before the first iteration it starts with the weights of the policy, which writes the samples.
+    Before the first iteration it gets the weights of the policy, which writes the samples.
     """
     if not reward.replay:
         reward.body.load_state_dict(policy.base_model.state_dict())
@@ -344,7 +344,7 @@ def renew_reward(reward, policy, tokenizer, problems, config, autocast):
 def warm_up(policy, tokenizer, worked, config, out, autocast):
     """Fine-tune on worked solutions (SFT) and save the model as out/sft.
 
-    PAPER: all tokens of a step weigh the same; table 10 has the mean of each solution.
+    PAPER: all tokens of a step weigh the same; table 10 averages over each solution first.
     """
     if not config.sft_steps:
         return
@@ -404,11 +404,11 @@ def rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward):
 
 
 def step_ends(tokenizer, ids, ends):
-    """Return for each end, in characters of the text of ids, the token with that character."""
+    """Return the token that contains each end. ends: characters of the text that ids decode to."""
     stream = DecodeStream(skip_special_tokens=True)
     reached = 0
     lengths = []  # of the text up to and including each token
-    for token in ids:  # nothing comes for half a character, then all of it with its last token
+    for token in ids:  # a character of several tokens comes with its last one
         reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
         lengths.append(reached)
     return [min(bisect.bisect_left(lengths, end), len(ids) - 1) for end in ends]
@@ -425,9 +425,9 @@ class Config:
     reward: str = opt(
         "", "FILE.py:FUNCTION, or model: a network that learns the rule; empty: the rule"
     )
-    request: str | None = opt(None, "what follows each question; none: as usual for the problems")
+    request: str | None = opt(None, "what follows each question; none: the usual of the problems")
     out: str = opt("", "folder of the run; empty: the next free runs/<problems>-<seed>")
-    resume: str = opt("", "run to go on with; only micro-tokens and rows-at-once may change")
+    resume: str = opt("", "run to continue; only micro-tokens and rows-at-once may change")
     save_every: int = opt(25, "steps between checkpoints; 0: one at the end, or when stopped")
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
@@ -439,7 +439,7 @@ class Config:
     temperature: float = opt(1.0, "of sampling and log-probs (paper: not said)")
     rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
     # Algorithm
-    iterations: int = opt(1, "renewals of reference and reward model (paper: 1, 2)")
+    iterations: int = opt(1, "rounds, each with a new reference and reward model (paper: 1, 2)")
     steps: int = opt(100, "steps per iteration, M")
     mu: int = opt(1, "updates on the same samples (paper: 1)")
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference")
@@ -450,7 +450,7 @@ class Config:
         "sequence", "how tokens weigh: paper: sequence, DAPO: token, Dr. GRPO: constant"
     )
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
-    supervision: Literal["outcome", "process"] = opt("outcome", "process: of steps, too")
+    supervision: Literal["outcome", "process"] = opt("outcome", "process: reward steps, too")
     advantage: Literal["group", "indicator"] = opt("group", "indicator: the bare reward, for RFT")
     sample_from: Literal["policy", "reference"] = opt("policy", "who writes; reference: for RFT")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)")
@@ -463,11 +463,11 @@ class Config:
     micro_tokens: int = opt(4096, "tokens, with padding, per pass: fewer need less memory")
     # Supervised warm-up (SFT)
     sft_steps: int = opt(0, "steps on worked solutions before RL")
-    sft_lr: float = opt(1e-5, "its learning rate, which rises for a tenth of them and falls to 0")
+    sft_lr: float = opt(1e-5, "its learning rate, which rises in the first tenth and falls to 0")
     # Evaluation and log
-    eval_problems: str = opt("", "held-out sets, gsm8k,mgsm_zh say; empty: of --problems")
+    eval_problems: str = opt("", "held-out sets, such as gsm8k,mgsm_zh; empty: of --problems")
     eval_limit: int = opt(200, "use only this many problems of each held-out set")
-    eval_samples: int = opt(8, "samples per problem, beside the greedy one")
+    eval_samples: int = opt(8, "samples per problem, besides the greedy one")
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after")
     show_every: int = opt(10, "steps between transcripts; 0: none")
     tensorboard: bool = opt(False, "write the log for TensorBoard as well, into the run's folder")
@@ -501,7 +501,7 @@ BUILTIN = {  # what differs without --model: small models want large learning ra
 
 
 def parse_config(argv):
-    """Return the Config of a command line, a resumed run's, or the built-in one. Or InputError."""
+    """Return the Config of a command line or of the run it resumes. Raises InputError."""
     builtin = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in BUILTIN.items())
     about = f"{__doc__.splitlines()[0]} Without --model: {builtin}"
     config = parse_options(Config, argv, about)
@@ -643,7 +643,7 @@ def write_log(row, out, writer=None):
 
 
 def print_columns(row):
-    """Print one line of numbers (README, "Read the log"), with a heading now and then."""
+    """Print one line of numbers (README, "Read the log"), with a header now and then."""
     widths = {name: max(7, len(name)) for name in COLUMNS if name in row}
     if row["step"] % 20 == 1:
         print(*(f"{name:>{width}}" for name, width in widths.items()))
@@ -654,7 +654,7 @@ def print_columns(row):
 
 
 def show_transcript(problem, text, advantage):
-    """Print a whole completion: to look at samples is the first debugger."""
+    """Print a whole completion: reading samples is the first debugging tool."""
     print(f"--- {problem.question}   (gold: {problem.answer})\n{text}\n--- A = {advantage:+.2f}")
 
 
@@ -692,13 +692,13 @@ def load_checkpoint(out, parts):
             if json.loads(line)["step"] < saved["row"]["step"]:  # that row is logged again
                 size += len(line)
     if log.exists():
-        os.truncate(log, size)  # at once: a kill or a full disk here must not cost the log
+        os.truncate(log, size)  # in one call: a kill must not lose the log
     return saved["row"]
 
 
 @contextlib.contextmanager
 def catch_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that a step can end; the second ends at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so that a step can end; a second one exits at once."""
     caught = []
 
     def note(number, frame):
@@ -715,7 +715,7 @@ def catch_signals():
     try:
         yield caught
     finally:
-        os.dup2(stderr, 2)  # for the hint how to go on
+        os.dup2(stderr, 2)  # for the hint on how to go on
         os.close(stderr)
         os.close(nowhere)
         for number, handler in before.items():
@@ -734,7 +734,7 @@ def main(argv):
             print(f"{out} has finished, and there is nothing to go on with")
             return
     learned = config.reward == "model"
-    reward = None if learned else load_reward(config.reward)  # what is wrong with it shows now
+    reward = None if learned else load_reward(config.reward)  # its errors show now
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     device, bf16 = pick_device(config.device, config.threads)
@@ -759,7 +759,7 @@ def main(argv):
             if before != conditions.get(name):
                 now = f"{name} is {conditions.get(name)!r} now, and was {before!r}"
                 print(f"the run goes on, but not to the bit: {now}")
-    else:  # what is wrong with the input has been found out before
+    else:  # the input has been checked by now
         out.mkdir(parents=True, exist_ok=True)
         run = {"command": ["train.py", *argv], "config": vars(config), "conditions": conditions}
         lock = lock_run(out, json.dumps(run, indent=1))
@@ -815,7 +815,7 @@ def choose_folder(config):
 
 
 def summarise(config, out):
-    """Write out/summary.json; print accuracy before -> after with 95% intervals, and what next."""
+    """Write out/summary.json; print accuracy before -> after, and what to run next."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     before = rows[0]["eval"]
     after = rows[-1]["eval"]

@@ -24,7 +24,13 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
-STAY = ["README.md", "make_assignment.py", "test_assignment.py", "test_mutants.py", "test_readme.py"]
+STAY = [
+    "README.md",
+    "make_assignment.py",
+    "test_assignment.py",
+    "test_mutants.py",
+    "test_readme.py",
+]
 # The tests of single functions. All others train or evaluate, which needs nearly all of grpo.py.
 FILES = ["tests/test_objective.py", "tests/test_sampling.py", "tests/test_reward.py"]
 
