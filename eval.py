@@ -737,7 +737,7 @@ def check_bounds(options, bounds):
 
 
 def run_cli(main):
-    """Run a main function; an error that a user can mend is one line on stderr and exit status 1."""
+    """Run a main function; what a user can mend is one line on stderr and exit status 1."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its reports would hide ours
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character

@@ -429,8 +429,8 @@ def token_logprobs(
 
     head = model.get_output_embeddings()
     size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))  # tokens per chunk
-    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time. With
-    # a single chunk this saves nothing.
+    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time. A
+    # single chunk saves nothing.
     run = partial(checkpoint, logp_and_entropy, use_reentrant=False)
     if len(states) <= size:
         run = logp_and_entropy
