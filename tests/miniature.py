@@ -122,9 +122,9 @@ class Job(NamedTuple):
 def make_job(row, command, seed):
     """Return the Job of one row with one seed."""
     words = tuple(re.sub(r"\bS\b", str(seed), command).split())
-    if words[0] == "tests/bench.py":
-        return Job(words, ROOT / RUNS / f"{row}.txt", 1)
-    out = RUNS / f"{row}-{seed}"
+    out = RUNS / (f"{row}-{seed}" if re.search(r"\bS\b", command) else row)
+    if words[0] not in ("train.py", "eval.py"):  # it prints its results, and runs alone
+        return Job(words, ROOT / out.with_suffix(".txt"), os.cpu_count())
     if words[0] == "eval.py":
         out = out.with_suffix(".json")
     threads = int(words[words.index("--threads") + 1])
@@ -147,7 +147,7 @@ def perform(job):
         ).returncode
     if code:
         raise RuntimeError(f"python {' '.join(words)} ended with status {code}: see {text}")
-    if words[0] == "tests/bench.py":
+    if job.out.suffix == ".txt":
         text.rename(job.out)
 
 
@@ -440,7 +440,7 @@ def write_section(part, seeds):
         "",
         "Written by `python tests/miniature.py`; it says how rows are compared.",
     ]
-    for title in (known.title for known in PARTS.values()):
+    for title in dict.fromkeys([*(known.title for known in PARTS.values()), *sections]):
         if title in sections:
             lines += ["", f"## {title}", "", sections[title].strip()]
     RESULTS.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -456,22 +456,30 @@ def main():
     args = parser.parse_args()
     if args.seeds < 2:
         parser.error("--seeds must be at least 2: a spread needs two")
-    seeds = range(args.seeds)
     for name in PARTS if args.part == "all" else [args.part]:
-        part = PARTS[name]
-        if any("built-in-S" in command for command in part.commands.values()):
-            # TRAP: these runs begin with models that have to be there before the first of them.
-            run_missing([make_job("built-in", BUILT_IN, seed) for seed in seeds])
-        rows = itertools.product(part.commands.items(), seeds)
-        jobs = dict.fromkeys(make_job(*row, seed) for row, seed in rows)  # each of them once
-        print(f"{name}: {run_missing(jobs)} of {len(jobs)} were missing")
-        write_section(part, seeds)
-        if part.draw:
-            save_picture(ROOT / ".github" / f"{name}.png", part, seeds)
+        run_part(name, PARTS[name], range(args.seeds))
 
 
-if __name__ == "__main__":
+def run_part(name, part, seeds):
+    """Run what is missing of a part, and write its section and its picture."""
+    if any("built-in-S" in command for command in part.commands.values()):
+        # TRAP: these runs begin with models that have to be there before the first of them.
+        run_missing([make_job("built-in", BUILT_IN, seed) for seed in seeds])
+    rows = itertools.product(part.commands.items(), seeds)
+    jobs = dict.fromkeys(make_job(*row, seed) for row, seed in rows)  # each of them once
+    print(f"{name}: {run_missing(jobs)} of {len(jobs)} were missing")
+    write_section(part, seeds)
+    if part.draw:
+        save_picture(ROOT / ".github" / f"{name}.png", part, seeds)
+
+
+def run_or_stop(main):
+    """Run a main function; Ctrl-C and a job that failed end it with one line."""
     try:
         main()
     except (KeyboardInterrupt, RuntimeError) as error:
         sys.exit(f"{error or 'stopped'}; the same command goes on")
+
+
+if __name__ == "__main__":
+    run_or_stop(main)

@@ -100,11 +100,12 @@ def tiny(tmp_path, monkeypatch):
 
 def test_runs_what_is_missing_goes_on_and_leaves_other_sections_alone(tiny, tmp_path, capsys):
     results = tmp_path / "tests" / "RESULTS.md"
-    results.write_text("# Results\n\n## Memory\n\nas it was\n\n### more\n\n## Unknown\n\ngone\n")
+    results.write_text("# Results\n\n## Memory\n\nas it was\n\n### more\n\n## Unknown\n\nkept\n")
     miniature.main()
     assert [job.words[2] for job in tiny] in (["0", "1"], ["1", "0"])
     text = results.read_text()
-    assert re.findall("^#.*", text, re.M) == ["# Results", "## Tiny", "## Memory", "### more"]
+    titles = ["# Results", "## Tiny", "## Memory", "### more", "## Unknown"]
+    assert re.findall("^#.*", text, re.M) == titles
     assert "\n2 seeds\n" in text and "\nas it was\n\n### more\n" in text
     assert "python train.py --seed S --threads 1" in text
 

