@@ -229,7 +229,7 @@ def compare(rows, row, other):
     """Say by how much a row exceeds another, or that the seeds do not tell."""
     p = paired_p(rows[row], rows[other])
     difference = np.mean(np.subtract(rows[row], rows[other]))
-    return f"{difference:+.3f} to {other}, p = {p:.2g}" + ": not told apart" * bool(p >= 0.01)
+    return f"{difference:+.3f} against {other}, p = {p:.2g}" + ": not told apart" * bool(p >= 0.01)
 
 
 def tabulate_learning(seeds):
@@ -248,7 +248,7 @@ def tabulate_learning(seeds):
 def tabulate_figure5(seeds):
     """Compare the methods after a third and all of the completions, 128 per step."""
     against = {"rft": "online-rft", "online-rft": "grpo", "grpo-process": "grpo"}
-    against |= {"online-rft-kl": "grpo", "grpo-no-kl": "online-rft"}
+    against |= {"online-rft-kl": "grpo", "grpo-no-kl": "online-rft", "grpo": "grpo-no-kl"}
     text = ""
     for step, split in ((32, "in"), (96, "in"), (32, "out"), (96, "out")):
         rows = {row: read_accuracy(row, split, [step], seeds)[:, 0] for row in FIGURE5}
@@ -312,9 +312,10 @@ BLUE, ORANGE, GREEN, RED, VIOLET = "#3b82f6", "#e8590c", "#2f9e44", "#c2255c", "
 GREY = "#808790"  # readable on white and on black: the pictures have no background of their own
 
 
-def draw(panel, x, rows, colour, label, style="-"):
+def draw(panel, x, rows, colour, label, style="-", band=True):
     """Draw the mean of rows (seeds, len(x)), and a band from the lowest to the highest."""
-    panel.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.15)
+    if band:
+        panel.fill_between(x, rows.min(axis=0), rows.max(axis=0), color=colour, alpha=0.15)
     panel.plot(x, rows.mean(axis=0), style, color=colour, label=label, linewidth=1.6)
 
 
@@ -339,7 +340,7 @@ def draw_figure5(panels, seeds):
     for panel, split in zip(panels, SPLITS, strict=True):
         for row, colour in zip(FIGURE5, colours, strict=True):
             accuracy = read_accuracy(row, split, steps, seeds)
-            draw(panel, [128 * step for step in steps], accuracy, colour, row)
+            draw(panel, [128 * step for step in steps], accuracy, colour, row, band=False)
         panel.set(title=SPLITS[split], xlabel="completions", ylabel="sampled accuracy")
 
 
@@ -430,7 +431,7 @@ def write_section(part, seeds):
     sections = dict(re.findall(r"^## (.+)\n((?:(?!## ).*\n)*)", text, re.M))
     jobs = [make_job(row, command, "S") for row, command in part.commands.items()]
     commands = "\n".join(f"python {' '.join(job.words)}" for job in jobs)
-    known = ", ".join(f"{name} {version}" for name, version in versions().items())
+    known = ", ".join(f"{name} {version.split()[0]}" for name, version in versions().items())
     sections[part.title] = (
         f"Seeds S from {seeds[0]} to {seeds[-1]}, on {os.cpu_count()} CPU cores. {known}.\n\n"
         f"```\n{commands}\n```\n{part.tabulate(seeds)}"

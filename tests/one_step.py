@@ -1,6 +1,6 @@
 """Draw .github/one-step.svg: what one step of GRPO does to one group of completions.
 
-    python tests/one_step.py runs/arithmetic-0/sft --question 9
+    python tests/one_step.py runs/arithmetic-0/sft --question 3
 
 The model answers one question, whose group is scored, compared and used for one update, all by
 train.py's own functions. Then every token is coloured by how much its log-prob has moved.

@@ -58,8 +58,8 @@ def test_a_table_says_where_the_seeds_do_not_tell():
     text = miniature.table("T", rows, {"above": "base", "noise": "base"})
     above, noise = text.strip().splitlines()[-2:]
     assert above.startswith("| above | 0.550 | 0.303 | 0.100 | 0.200 ")
-    assert above.endswith("| +0.100 to base, p = 0.002 |")
-    assert noise.endswith("| -0.000 to base, p = 1: not told apart |".replace("-0", "+0"))
+    assert above.endswith("| +0.100 against base, p = 0.002 |")
+    assert noise.endswith("| -0.000 against base, p = 1: not told apart |".replace("-0", "+0"))
 
 
 def test_shuffled_rewards_stay_within_their_group(monkeypatch):
