@@ -283,11 +283,14 @@ TELLTALE = {"lr-2e-3": "kl", "cut-off": "truncated", "untaught": "entropy"}
 
 
 def tabulate_trouble(seeds):
-    """Compare, after 20 steps, the column of the log that tells with that of the built-in run."""
+    """Compare the column of the log that tells, and the accuracy, with the built-in run."""
     text = ""
     for row, column in TELLTALE.items():
         rows = {name: read_column(name, column, [20], seeds)[:, 0] for name in ("built-in", row)}
         text += table(f"{column}, step 20", rows, {row: "built-in"})
+    for split in SPLITS:
+        rows = {row: read_accuracy(row, split, [60], seeds)[:, 0] for row in TROUBLE}
+        text += table(f"sampled, {SPLITS[split]}", rows, dict.fromkeys(TELLTALE, "built-in"))
     return text
 
 
