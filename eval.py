@@ -182,8 +182,8 @@ def evaluate(
     Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
     and pass@k for k = 1, 2, 4 ... K, with their intervals; the shares flexible (the last number is
     right), truncated and unparsable. records: a dict per completion. measures: a list for each of
-    greedy, sampled, maj@k and pass@k, with one number per problem. Raises
-    FloatingPointError if the log-probs of the model are inf or nan.
+    greedy, sampled, maj@k and pass@k, with one number per problem. Raises FloatingPointError if the
+    log-probs of the model are inf or nan.
     """
     scores = {"n": len(problems)}
     records = {}

