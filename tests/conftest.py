@@ -102,8 +102,14 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item, call):
-    """Print below a failure what the functions that the test calls have to do: adapters.py."""
+    """Print below a failure what the functions that the test calls have to do: adapters.py. In a
+    fork of make_assignment.py, a test is skipped that meets a function which is still blank.
+    """
     report = (yield).get_result()
+    seen = report.longreprtext + report.capstdout  # doctest prints what an example raised
+    if report.failed and (blank := re.search(r"\w+ is yours to write", seen)):
+        report.outcome = "skipped"
+        report.longrepr = (str(item.path), item.location[1], f"Skipped: {blank[0]}")
     if report.failed:
         source = inspect.getsource(item.function)
         for name in re.findall(r"\b(\w+)\(", source):  # helpers of the same file may call them, too

@@ -1,18 +1,20 @@
 """Make an assignment out of this project, in a new folder:
 
-    python tests/make_assignment.py FOLDER                              all functions are blank
-    python tests/make_assignment.py FOLDER --functions kl_estimate,...  only these
-    python tests/make_assignment.py FOLDER --bug 12                     a bug of test_mutants.py
+    python tests/make_assignment.py FOLDER                      all functions of course.py are blank
+    python tests/make_assignment.py FOLDER --functions a,b      only these
+    python tests/make_assignment.py FOLDER --variant 1          other names, so last year's fails
+    python tests/make_assignment.py FOLDER --bug 12             a bug of test_mutants.py
 
-The functions are those of grpo.py with a contract in tests/adapters.py. A blank one keeps its
-signature and docstring, and raises NotImplementedError; helpers that nothing else uses go. Then
-the tests run, here and there: those that fail there must be just those that call a blank function
-here. Tests that hold solutions stay behind, and those of the README.
+A blank function keeps its signature and docstring, and raises NotImplementedError; helpers that
+nothing else uses go. README.md becomes the hand-out (handout.md). Then the tests run, here and
+there: those that are skipped there must be just those that call a blank function here. Tests that
+hold solutions stay behind, and those of the README.
 """
 
 import argparse
 import ast
 import functools
+import importlib
 import multiprocessing
 import os
 import shutil
@@ -21,18 +23,26 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
+from course import BLANK, PARTS, ROOT, SCRIPTS, VARIANTS, copy_project, vary
 
-ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
 STAY = [
     "README.md",
+    "RESULTS.md",
+    "course.py",
+    "grade.py",
+    "handout.md",
     "make_assignment.py",
+    "miniature.py",
+    "one_step.py",
+    "smollm2.py",
     "test_assignment.py",
+    "test_grade.py",
+    "test_learning.py",
+    "test_miniature.py",
     "test_mutants.py",
     "test_readme.py",
+    "test_train.py",  # a second, slow solution of all of it
 ]
-# The tests of single functions. All others train or evaluate, which needs nearly all of grpo.py.
-FILES = ["tests/test_objective.py", "tests/test_sampling.py", "tests/test_reward.py"]
 
 
 def functions(source):
@@ -40,36 +50,51 @@ def functions(source):
     return {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
 
 
-def public_functions(source):
-    """Return the names of the functions that have a contract in tests/adapters.py."""
-    contracts = functions((ROOT / "tests" / "adapters.py").read_text(encoding="utf-8"))
-    return [name for name in functions(source) if name in contracts]
+def names_used(source):
+    """Return all names that a module mentions, but for its own definitions."""
+    nodes = list(ast.walk(ast.parse(source)))
+    names = {node.id for node in nodes if isinstance(node, ast.Name)}
+    names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    return names | {name.name for node in nodes for name in getattr(node, "names", []) if name}
 
 
-def blank(source, names):
-    """Return the source with these functions blank, without helpers that nothing uses any more."""
+def blank(source, names, elsewhere):
+    """Return a script with these functions blank, without the helpers that only they use.
+
+    elsewhere: the names that other scripts and tests use.
+    """
     lines = source.splitlines(keepends=True)
     for name, node in reversed(functions(source).items()):  # from the end, so line numbers hold
         if name in names:
             body = slice(node.body[0].end_lineno, node.end_lineno)
-            lines[body] = [f'    raise NotImplementedError("{name} is yours to write")\n']
-    source = "".join(lines)
-    used = [node.id for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Name)]
-    for name, node in functions(source).items():
-        if name not in [*used, *public_functions(source)]:
-            lines = source.splitlines(keepends=True)
+            lines[body] = [f'    raise NotImplementedError("{name} {BLANK}")\n']
+    text = "".join(lines)
+    kept = names_used(text) | elsewhere | {part.partition(".")[2] for part in PARTS}
+    for name, node in functions(text).items():
+        if name not in kept:
+            lines = text.splitlines(keepends=True)
             del lines[node.lineno - 1 : node.end_lineno + 2]  # and two blank lines behind it
-            return blank("".join(lines), [])  # its own helpers may go, too
-    return source
+            return blank("".join(lines), [], elsewhere)  # its own helpers may go, too
+    return text
+
+
+def write_blanks(folder, names):
+    """Make these functions blank in the scripts of a fork."""
+    used = {path: names_used(path.read_text(encoding="utf-8")) for path in folder.rglob("*.py")}
+    for script in ("grpo.py", "reward.py", "train.py"):
+        elsewhere = set().union(*(used[path] for path in used if path.name != script))
+        path = folder / script
+        path.write_text(blank(path.read_text(encoding="utf-8"), names, elsewhere), encoding="utf-8")
 
 
 class Watcher:
-    """A plugin of pytest: which of some functions does each test call, and which tests fail?"""
+    """A plugin of pytest: which of some functions does each test call, which tests do not pass?"""
 
     def __init__(self):
         self.seen = set()
         self.calls = {}
         self.failed = set()
+        self.skipped = set()
 
     def noted(self, function):
         @functools.wraps(function)
@@ -85,71 +110,115 @@ class Watcher:
     def pytest_runtest_logreport(self, report):
         if report.failed:
             self.failed.add(report.nodeid)
+        if report.skipped and BLANK in report.longreprtext:
+            self.skipped.add(report.nodeid)
 
 
-def watch(project, names, files):
-    """Run the tests in these files of a project: ({test: calls}, tests that fail)."""
+def watch(project, parts, files):
+    """Run files of tests of a project: ({test: calls}, tests that fail, that meet a blank)."""
     os.chdir(project)
     sys.path.insert(0, str(project))
-    import grpo
-
     watcher = Watcher()
-    for name in names:
-        setattr(grpo, name, watcher.noted(getattr(grpo, name)))
+    for part in parts:
+        module_name, _, name = part.partition(".")
+        module = importlib.import_module(module_name)
+        setattr(module, name, watcher.noted(getattr(module, name)))
     if pytest.main([*files, "-p", "no:terminal", "-p", "no:cacheprovider"], [watcher]) > 1:
         sys.exit(f"error: in {project} pytest cannot run {', '.join(files)}")
-    return watcher.calls, watcher.failed
+    return watcher.calls, watcher.failed, watcher.skipped
 
 
-def check(folder, names, files):
-    """Print how many tests each function has; exit with an error unless the right ones fail."""
+def check(folder, parts):
+    """Print how many tests each function has; exit with an error unless the right ones miss it."""
+    files = {f"tests/test_{PARTS[part].tests.partition(' ')[0]}.py" for part in parts}
+    files = sorted(files - {"tests/test_train.py"})  # which the fork has not
+    if not files:
+        return
     with ProcessPoolExecutor(2, multiprocessing.get_context("spawn")) as pool:
-        (calls, broken), (_, failed) = pool.map(watch, (ROOT, folder), [names] * 2, [files] * 2)
-    for name in names:
-        print(f"{name:<20} {sum(name in called for called in calls.values()):>4} tests call it")
+        both = pool.map(watch, (ROOT, folder), [parts] * 2, [files] * 2)
+        (calls, broken, _), (_, failed, skipped) = both
+    for part in parts:
+        count = sum(part.partition(".")[2] in called for called in calls.values())
+        print(f"{part:<26} {count:>4} tests call it")
     expected = {test for test, called in calls.items() if called}
-    if misfits := sorted(broken | failed ^ expected):
-        sys.exit(f"error: {len(misfits)} tests fail for no reason, or pass: {misfits[:5]}")
-    print(f"{len(failed)} of {len(calls)} tests fail there: just those that call a blank function")
+    if misfits := sorted(broken | failed | skipped ^ expected):
+        sys.exit(f"error: {len(misfits)} tests fail, or are skipped for no reason: {misfits[:5]}")
+    print(
+        f"{len(skipped)} of {len(calls)} tests are skipped there: those that call a blank function"
+    )
 
 
-def with_bug(number):
-    """Return the name of a script, and its text with a mistake of test_mutants.py."""
-    sys.path.insert(0, str(ROOT))
-    from test_mutants import MUTANTS, plant
+def write_handout(folder, parts, variant):
+    """Write the fork's README.md: handout.md with a table of its parts."""
+    rows = []
+    for number, part in enumerate(parts, 1):
+        module, _, name = part.partition(".")
+        points, minutes, tests, task = PARTS[part]
+        file = "grade.py" if module == "train" else f"test_{tests.partition(' ')[0]}.py"
+        rows.append(
+            f"| {number} | `{name}` | {module}.py | {task} | {file} | {points} | {minutes} |"
+        )
+    text = (ROOT / "tests" / "handout.md").read_text(encoding="utf-8")
+    text = text.replace("ROWS", "\n".join(rows))
+    text = text.replace("POINTS", str(sum(PARTS[part].points for part in parts)))
+    (folder / "README.md").write_text(vary(text, variant), encoding="utf-8")
 
-    if not 1 <= number <= len(MUTANTS):
-        sys.exit(f"error: --bug {number}: take 1 to {len(MUTANTS)}")
-    _, function, _, right, wrong = MUTANTS[number - 1]
-    script = function.partition(".")[0] + ".py"
-    return script, plant((ROOT / script).read_text(encoding="utf-8"), function, right, wrong)
+
+def plant_bug(folder, number):
+    """Plant wrong version `number` of test_mutants.py in a copy of the scripts."""
+    from test_mutants import FLAGS, MUTANTS, plant
+
+    what, function, _, right, wrong = MUTANTS[number - 1]
+    flags = FLAGS[number]
+    script = folder / (function.partition(".")[0] + ".py")
+    text = script.read_text(encoding="utf-8")
+    script.write_text(plant(text, function, right, wrong), encoding="utf-8")
+    print(f"{folder} has one bug, in one place. These two runs print other numbers:")
+    print(f"python train.py {flags}".rstrip() + "   (here, and there)")
 
 
-def main(argv):
-    source = (ROOT / "grpo.py").read_text(encoding="utf-8")
-    known = ",".join(public_functions(source))
+def fail(message):
+    sys.exit(f"error: {message}")
+
+
+def parse(argv):
+    """Return the options, with the full names of the parts."""
+    known = {part.partition(".")[2]: part for part in PARTS}
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--functions", default=known)
+    parser.add_argument("--functions", default=",".join(known))
+    parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), default=0)
     parser.add_argument("--bug", type=int)
     args = parser.parse_args(argv)
     names = args.functions.split(",")
-    if unknown := set(names) - set(known.split(",")):
-        sys.exit(f"error: no function {', '.join(unknown)} to blank: take some of {known}")
-    bug = args.bug is not None
-    script, text = with_bug(args.bug) if bug else ("grpo.py", blank(source, names))
+    if unknown := [name for name in names if name not in known]:
+        fail(f"no function {', '.join(unknown)} to blank: take some of {', '.join(known)}")
+    if "extract_answer" in names:
+        names.append("accuracy_reward")  # it hides errors, so a blank inside would not show
+    args.parts = [part for name, part in known.items() if name in names]  # in the order to write
+    if args.bug is not None:
+        from test_mutants import FLAGS, MUTANTS
+
+        if args.bug not in FLAGS:
+            shown = ", ".join(map(str, FLAGS))
+            fail(f"--bug {args.bug} shows in no run: of 1 to {len(MUTANTS)}, take {shown}")
     if args.folder.exists():
-        sys.exit(f"error: {args.folder} exists, and nothing is overwritten: name a new folder")
+        fail(f"{args.folder} exists, and nothing is overwritten: name a new folder")
+    return args
+
+
+def main(argv):
+    sys.path.insert(0, str(ROOT))
+    args = parse(argv)
     args.folder.mkdir(parents=True)
-    for name in [*SCRIPTS, "requirements.txt", "README.md", "LICENSE", ".gitignore"]:
-        shutil.copy(ROOT / name, args.folder)
-    (args.folder / script).write_text(text, encoding="utf-8")
-    if bug:
-        print(f"{args.folder} has one bug, in one place; it runs, and says nothing")
-        return
-    stay = shutil.ignore_patterns("__pycache__", *STAY)
-    shutil.copytree(ROOT / "tests", args.folder / "tests", ignore=stay)
-    check(args.folder.resolve(), names, FILES)
+    if args.bug is not None:
+        for name in [*SCRIPTS, "requirements.txt", "LICENSE", ".gitignore"]:
+            shutil.copy(ROOT / name, args.folder)
+        return plant_bug(args.folder, args.bug)
+    copy_project(args.folder, args.variant, STAY)
+    write_blanks(args.folder, [part.partition(".")[2] for part in args.parts])
+    write_handout(args.folder, args.parts, args.variant)
+    check(args.folder.resolve(), args.parts)
 
 
 if __name__ == "__main__":

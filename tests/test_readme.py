@@ -8,9 +8,9 @@ import subprocess
 import textwrap
 from pathlib import Path
 
-import make_assignment
 import pytest
-from test_mutants import MUTANTS
+from course import PARTS as COURSE
+from test_mutants import FLAGS
 
 import eval as evaluation
 import train
@@ -62,10 +62,10 @@ def test_every_command_of_the_readme_is_understood(command, tmp_path, monkeypatc
         source = (ROOT / words[0]).read_text(encoding="utf-8")
         assert all(f'"{word}"' in source for word in words if word.startswith("--")), "an option"
         if "--bug" in words:
-            assert 1 <= int(words[words.index("--bug") + 1]) <= len(MUTANTS)
+            assert int(words[words.index("--bug") + 1]) in FLAGS
         if "--functions" in words and "a,b" not in words:
-            known = make_assignment.public_functions((ROOT / "grpo.py").read_text(encoding="utf-8"))
-            assert set(words[words.index("--functions") + 1].split(",")) <= set(known)
+            known = {part.partition(".")[2] for part in COURSE}
+            assert set(words[words.index("--functions") + 1].split(",")) <= known
     elif program == "pip":
         assert words[0] == "install"
     for word in words:  # files of this project that a command names
@@ -78,7 +78,7 @@ def test_there_are_commands_and_every_option_exists():
     assert len(COMMANDS) > 15 and any("--resume" in command for command in COMMANDS)
     fields = [*vars(train.Config()), *vars(evaluation.Options())]
     ours = {"--" + name.replace("_", "-") for name in fields} | {"--help"}
-    for name in ("bench.py", "make_assignment.py", "miniature.py", "one_step.py"):
+    for name in ("bench.py", "grade.py", "make_assignment.py", "miniature.py", "one_step.py"):
         source = (ROOT / "tests" / name).read_text(encoding="utf-8")
         ours |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', source))
     # of pip, accelerate and torchrun
@@ -135,4 +135,5 @@ def test_the_card_is_kept():
     for picture in (ROOT / ".github").glob("*.*g"):
         assert picture.stat().st_size <= 150_000
     assert len(PAGES["README.md"].encode()) <= 15_000
+    assert len(PAGES["tests/README.md"].encode()) <= 12_000
     assert len(PAGES["README.md"].splitlines()) <= 300

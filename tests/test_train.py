@@ -14,7 +14,7 @@ from statistics import fmean, stdev
 
 import pytest
 import torch
-from adapters import bf16_weights, token_logprobs
+from adapters import STD_EPSILON, bf16_weights, token_logprobs
 from helpers import make_chat_model, parity_reward
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
@@ -115,7 +115,7 @@ def naive_rows(prompts, samples, rewards, config):
     rows = []
     for i, ids in enumerate(completions):
         group = rewards[i // 4 * 4 : i // 4 * 4 + 4]
-        scale = stdev(group) + 1e-4 if config.scale_rewards == "std" else 1.0
+        scale = stdev(group) + STD_EPSILON if config.scale_rewards == "std" else 1.0
         count = {"sequence": sum(left) * len(ids), "token": tokens, "constant": sum(left) * 12}
         weight = left[i] / count[config.aggregate]
         rows.append((prompts[i], ids, (rewards[i] - fmean(group)) / scale, weight))

@@ -1,0 +1,91 @@
+"""The parts of the course, in the order to write them, and the names that change with a variant.
+
+make_assignment.py blanks these functions, grade.py gives points for them; see README.md.
+"""
+
+import re
+import shutil
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ["grpo.py", "reward.py", "eval.py", "train.py"]
+BLANK = "is yours to write"  # what a blank function raises; conftest.py skips tests that meet it
+
+
+class Part(NamedTuple):
+    points: int  # 100 in all
+    minutes: int  # a guess, for somebody who has read the code once
+    tests: str  # a file of tests, and words for its option -k
+    task: str
+
+
+PARTS = {
+    "grpo.outcome_advantages": Part(
+        8, 20, "objective advantages or groups or rewards", "4.1.2: a reward beside its group's"
+    ),
+    "grpo.process_advantages": Part(
+        6, 30, "objective advantages or steps or process", "4.1.3: rewards of steps, summed"
+    ),
+    "grpo.token_weights": Part(4, 15, "objective", "the two means in front of eq. 3, as weights"),
+    "grpo.clipped_surrogate": Part(8, 20, "objective", "eq. 3: ratio, clip and min"),
+    "grpo.kl_estimate": Part(5, 10, "objective", "eq. 4: an estimate of the KL, never negative"),
+    "grpo.grpo_loss": Part(10, 40, "objective", "eq. 3: all of it, with its sign turned"),
+    "grpo.micro_batches": Part(4, 15, "objective", "rows that fit in memory together"),
+    "grpo.completion_mask": Part(4, 15, "objective eos", "which tokens belong to a completion"),
+    "grpo.sample_token": Part(6, 20, "sampling", "one token per row, and its log-prob"),
+    "grpo.sample_groups": Part(
+        10, 90, "sampling", "line 7: G completions per prompt, with a cache"
+    ),
+    "grpo.token_logprobs": Part(10, 90, "sampling", "log pi of each token, and the entropy"),
+    "reward.extract_answer": Part(5, 20, "reward marked", "the text that is marked as the answer"),
+    "reward.accuracy_reward": Part(2, 5, "reward copying or missing or hostile", "1.0 or 0.0"),
+    "train.sample_batch": Part(
+        8, 45, "train naive_loop or its_own_gold or tell_apart", "lines 7 to 9: sample and compare"
+    ),
+    "train.update": Part(
+        10, 45, "train naive_loop or old_logprobs or not_finite", "lines 10 and 11: mu updates"
+    ),
+}
+
+# Last year's solution shall fail this year: names and a value that change, for each variant.
+VARIANTS = [
+    {},
+    {
+        "STD_EPSILON = 1e-4": "STD_EPSILON = 1e-2",
+        "STD_EPSILON": "SPREAD_OFFSET",
+        "MAX_LOG_RATIO": "LOG_RATIO_BOUND",
+        "clip_low": "clip_below",
+        "clip_high": "clip_above",
+        "sequence": "completion",
+    },
+    {
+        "STD_EPSILON = 1e-4": "STD_EPSILON = 1e-3",
+        "STD_EPSILON": "SCALE_FLOOR",
+        "MAX_LOG_RATIO": "EXPONENT_LIMIT",
+        "clip_low": "eps_down",
+        "clip_high": "eps_up",
+        "sequence": "answer",
+    },
+]
+
+
+def vary(text, variant):
+    """Return a script or a test with the names of a variant; 0 leaves it as it is."""
+    for old, new in VARIANTS[variant].items():
+        text = re.sub(rf"\b{old}\b", new, text)
+        # The same name as an option of the command line.
+        text = re.sub(rf"--{old.replace('_', '-')}\b", f"--{new.replace('_', '-')}", text)
+    return text
+
+
+def copy_project(folder, variant, leave_out=()):
+    """Copy scripts and tests, but for some of these, into a folder, with the names of a variant."""
+    shutil.copytree(
+        ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", *leave_out)
+    )
+    for name in [*SCRIPTS, "requirements.txt", "LICENSE", ".gitignore"]:
+        shutil.copy(ROOT / name, folder)
+    for path in folder.rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        path.write_text(vary(text, variant), encoding="utf-8")

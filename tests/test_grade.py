@@ -1,0 +1,157 @@
+"""grade.py: what a solution earns, that one mistake costs once, and that tricks earn nothing."""
+
+import ast
+import json
+import shutil
+
+import grade
+import pytest
+from course import PARTS, ROOT, SCRIPTS, copy_project
+from grade import ALLOWED, FOR_TESTS, broken_rule, grade_part, imported_modules
+from make_assignment import functions, write_blanks
+from test_mutants import MUTANTS, plant
+
+KL = "grpo.kl_estimate"
+
+
+@pytest.fixture
+def solution(tmp_path):
+    """Return a folder with a right solution: our own scripts."""
+    for script in SCRIPTS:
+        shutil.copy(ROOT / script, tmp_path)
+    return tmp_path
+
+
+def rewrite(path, before, after):
+    text = path.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    path.write_text(text.replace(before, after), encoding="utf-8")
+
+
+def test_points_add_up_to_100_and_each_part_has_tests():
+    assert sum(part.points for part in PARTS.values()) == 100
+    for name, part in PARTS.items():
+        module, _, function = name.partition(".")
+        assert function in functions((ROOT / f"{module}.py").read_text(encoding="utf-8"))
+        assert (ROOT / "tests" / f"test_{part.tests.split()[0]}.py").exists()
+
+
+def test_a_right_solution_a_blank_and_a_mistake(solution, tmp_path):
+    """The blank costs its own points only: grpo_loss, which calls it, is graded with ours."""
+    right = grade.grade(solution, parts=[KL, "reward.accuracy_reward"])
+    assert [points for points, _ in right.values()] == [5, 2]
+    write_blanks(solution, ["kl_estimate"])
+    assert grade_part(KL, solution, 0)[0] == 0
+    assert grade_part("grpo.grpo_loss", solution, 0)[0] == 10
+    line = 'raise NotImplementedError("kl_estimate is yours to write")'
+    rewrite(solution / "grpo.py", line, "return logp - logp_ref")
+    points, text = grade_part(KL, solution, 0)
+    assert 0 < points < 2.5 and "test_kl_estimate_and_its_gradient_by_hand" in text
+
+
+TRICKS = {
+    "while True:\n    pass": "took more than",
+    "raise SystemExit(0)": "cannot be imported: SystemExit",
+    "import posix\nposix._exit(0)": "imports posix",
+    "torch.testing.assert_close = print": "changes the module torch",
+    "exec('import os')": "calls exec",
+    "().__class__": "uses __class__",
+    "print('115 passed')\ndef kl_estimate(logp, logp_ref):\n    return logp": "tests fail",
+    "def (": "cannot be read",
+}
+
+
+@pytest.mark.parametrize("trick", TRICKS)
+def test_hostile_submissions_earn_next_to_nothing(trick, solution, monkeypatch):
+    if "while" in trick:
+        monkeypatch.setattr(grade, "LIMIT", 20)
+    with (solution / "grpo.py").open("a", encoding="utf-8") as script:
+        script.write(f"\n{trick}\n")
+    (solution / "tests").mkdir()  # edited tests play no part
+    (solution / "tests" / "test_objective.py").write_text("def test_loss():\n    pass\n")
+    points, text = grade_part(KL, solution, 0)
+    assert points <= PARTS[KL].points / 4 and TRICKS[trick] in text
+
+
+def test_a_function_that_ends_the_process_earns_nothing(solution):
+    """train.py imports os, so the rules cannot see it."""
+    rewrite(
+        solution / "train.py",
+        "    total_weight = batch",
+        "    os._exit(0)\n    total_weight = batch",
+    )
+    assert grade_part("train.update", solution, 0) == (0, "its process ended before the tests did")
+
+
+def test_our_own_scripts_keep_the_rules():
+    for script in ("grpo.py", "reward.py", "train.py"):
+        modules = imported_modules(ast.parse((ROOT / script).read_text(encoding="utf-8")))
+        assert broken_rule(ROOT / script, ALLOWED | modules) == ""
+    assert broken_rule(ROOT / "tests" / "test_objective.py", ALLOWED | FOR_TESTS) == ""
+
+
+def test_a_variant_fails_last_years_solution_and_passes_its_own(solution, tmp_path):
+    part = "grpo.outcome_advantages"
+    assert "fail" in grade_part(part, solution, 1)[1]
+    copy_project(tmp_path / "new", 1)
+    assert grade_part(part, tmp_path / "new", 1)[0] == 8
+
+
+def test_reports(solution, tmp_path, capsys):
+    results = {KL: (5.0, "37 tests"), "grpo.grpo_loss": (4.5, "2 of 38 tests fail: a, b")}
+    grade.write_gradescope(tmp_path / "results.json", results)
+    grade.write_junit(tmp_path / "junit.xml", results)
+    tests = json.loads((tmp_path / "results.json").read_text())["tests"]
+    assert [test["score"] for test in tests] == [5.0, 4.5] and tests[1]["max_score"] == 10
+    xml = (tmp_path / "junit.xml").read_text()
+    assert xml.count("<testcase") == 2 and xml.count("<failure") == 1
+    with pytest.raises(SystemExit, match="holds no grpo.py"):
+        grade.main([str(tmp_path / "nothing")])
+
+
+MINE = """
+import torch
+from adapters import kl_estimate
+
+def test_kl_is_0_for_equal_log_probs_and_else_above():
+    assert kl_estimate(torch.zeros(1, 1), torch.tensor([[0.0]])).item() == 0
+    assert kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() > 0.5
+    assert kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() > 0.7
+"""
+
+
+def test_a_students_tests_are_graded(tmp_path, capsys):
+    wrong = [number for number, mutant in enumerate(MUTANTS, 1) if mutant[1] == KL]
+    path = tmp_path / "mine.py"
+    path.write_text(MINE)
+    assert grade.grade_tests(path, 0, wrong) == 2  # the one without a gradient has the same values
+    assert "noticed" in capsys.readouterr().out
+    path.write_text("def test_false():\n    assert False\n")
+    with pytest.raises(SystemExit, match="on the right version"):
+        grade.grade_tests(path, 0, wrong)
+    path.write_text("import subprocess\n")
+    with pytest.raises(SystemExit, match="imports subprocess"):
+        grade.grade_tests(path, 0, wrong)
+
+
+@pytest.mark.slow
+def test_each_blank_loses_only_its_own_points_and_all_of_them_everything(solution):
+    """Each part alone, since it is graded with all others right: blank, and with our solution."""
+    assert sum(points for points, _ in grade.grade(solution).values()) == 100
+    write_blanks(solution, [part.partition(".")[2] for part in PARTS])
+    assert sum(points for points, _ in grade.grade(solution).values()) == 0
+
+
+@pytest.mark.slow
+def test_a_wrong_version_loses_points_in_its_function(solution):
+    unnoticed = []
+    for what, function, _, right, wrong in MUTANTS:
+        if function in PARTS:
+            script = f"{function.partition('.')[0]}.py"
+            text = (ROOT / script).read_text(encoding="utf-8")
+            text = plant(text, function, right, wrong)
+            (solution / script).write_text(text, encoding="utf-8")
+            if grade_part(function, solution, 0)[0] > PARTS[function].points / 2:
+                unnoticed.append(what)
+            shutil.copy(ROOT / script, solution)
+    assert not unnoticed
