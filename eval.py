@@ -85,7 +85,7 @@ def build_prompt(tokenizer, problem):
 def eos_token_ids(model, tokenizer):
     """Return the set of ids that end a completion: of tokenizer, model and chat template.
 
-    TRAP: a chat model ends a turn with another token than a document does
+    TRAP: a chat model ends a turn with a different token than a document
     (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
@@ -104,7 +104,7 @@ def eos_token_ids(model, tokenizer):
 def pad_rows(rows, side, device):
     """Turn lists of ids into (ids, mask), both (n, longest); side: "left" for prompts, or "right".
 
-    TRAP: padding is the first token of its row, not the pad id. A fresh model's embedding of the
+    TRAP: pad with the first token of the row, not with the pad id. A fresh model's embedding of the
     pad id is all 0, so states to the left of a prompt stay 0. There some norms have an infinite
     derivative, and 0 times it is nan (test_padding_does_not_make_the_gradient_nan).
     """
@@ -134,7 +134,7 @@ def sample_problems(
     prompt_ids, prompt_mask = pad_rows(prompts, "left", model.device)
     eos_ids = eos_token_ids(model, tokenizer)
     pad_id = tokenizer.pad_token_id
-    together = min(group_size, rows_at_once)  # of one group
+    together = min(group_size, rows_at_once)  # rows of one group
     size = rows_at_once // together  # questions at once; 1 if a group is cut
     parts = []
     with tqdm(total=len(problems), desc="problems", delay=5, leave=False) as bar:

@@ -11,7 +11,7 @@ gives to token o_t after question q and the tokens before. EOS is the token that
     paper        here                       shape    meaning
     q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
     o_i          completion_ids, mask       (N, T)   N = B * G completions, padded on the right
-    r_i          rewards                    (B, G)   one number per completion; (N, K) per step
+    r_i          rewards                    (B, G)   one number per completion; or (N, K), per step
     A_hat[i,t]   advantages                 (N, T)   how much better than its group
     pi_theta     logp                       (N, T)   log-probs of the policy that is trained
     pi_old       logp_old                   (N, T)   ... of the policy that sampled the completions
@@ -19,10 +19,10 @@ gives to token o_t after question q and the tokens before. EOS is the token that
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the
-groups back. P and T are the longest prompt and completion, K the most steps of a completion, V the
-size of the vocabulary, D that of a hidden state. Lower-case n and t are a part of N and T, M is a
-number of tokens that count. `mask` is true up to and including the first EOS; `weights` say
-how much a token counts in the loss.
+groups back. P and T are the longest prompt and completion, K is the largest number of steps in any
+completion, V the size of the vocabulary, D that of a hidden state. A part of a batch has n rows and
+t columns, M is a number of tokens that count. `mask` is true up to and including the first EOS;
+`weights` say how much a token counts in the loss.
 
 Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
 with STD_EPSILON added; epsilon is 0.2; log-probs are those of the distribution that was sampled
@@ -56,11 +56,11 @@ def outcome_advantages(rewards, scale="std"):
 
     rewards: (B, G). Returns advantages (B, G), each valid for all tokens of its completion. The
     group's mean stands in for the value model of PPO, a second network that predicts the reward.
-    scale="none" leaves the division out, so that nearly solved and nearly hopeless questions do
-    not weigh more (Dr. GRPO, arXiv 2503.20783). Raises ValueError for another scale, or a group
-    of one, which has nothing to be compared with.
+    scale="none" leaves the division out: a small std makes the advantages of nearly solved and
+    nearly hopeless questions large (Dr. GRPO, arXiv 2503.20783). Raises ValueError for another
+    scale, or a group of one, which has nothing to be compared with.
 
-    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (less 0.02%, for STD_EPSILON)
+    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (a bit less, for STD_EPSILON)
     [1, 1, 1, 1] -> [0, 0, 0, 0]: all right or all wrong teaches nothing
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
@@ -96,12 +96,12 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
     for first in range(0, len(rewards), group_size):
         group = slice(first, first + group_size)
         real = ends[group] >= 0  # (G, K)
-        steps = rewards[group][real]  # all steps of the group, in a row
+        steps = rewards[group][real]  # all steps of the group, as one flat row
         if len(steps) > 1:  # a single step has nothing to be compared with
             # group is a slice, so normalised[group] is a view, and this writes to normalised.
             normalised[group][real] = outcome_advantages(steps[None], scale)[0]
-    # Each r~ is added to the token that ends its step. Then every token sums what is on it and
-    # after it: flip, running sum, flip back.
+    # Each r~ is added to the token that ends its step; the padding adds 0 to token 0. Then every
+    # token sums what is on it and after it: flip, running sum, flip back.
     at_end = normalised.new_zeros(mask.shape).scatter_add(1, ends.clamp(min=0), normalised)
     return at_end.flip(1).cumsum(dim=1).flip(1).masked_fill(~mask, 0.0)  # (N, T)
 
@@ -109,10 +109,10 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
 # --- 2. The objective ---------------------------------------------------------------------------
 # The unified view (eq. 5, table 10): all methods have the gradient
 #     E[ 1/|o| * sum_t GC * grad log pi(o_t | q, o_<t) ]
-# and each is `grpo_loss` here. They differ in who wrote the completions, and in GC, the gradient
-# coefficient of a token:
+# and all but SFT go through `grpo_loss`. They differ in who wrote the completions, and in GC, the
+# gradient coefficient of a token:
 #   SFT          people or a program     1                     warm_up of train.py
-#   RFT          the reference (SFT)     1 if right, else 0    as the next, --sample-from reference
+#   RFT          the reference (SFT)     1 if right, else 0    the next row, --sample-from reference
 #   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0
 #   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 
@@ -173,7 +173,7 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
 def grpo_loss(
     logp, logp_old, logp_ref, advantages, weights, clip_low=0.2, clip_high=0.2, kl_beta=0.04
 ):
-    """Compute the GRPO loss: eq. 3 with its sign turned, since optimizers minimise.
+    """Compute the GRPO loss: eq. 3 with the sign flipped, since optimizers minimise.
 
       J = sum_i sum_t  weight[i,t] * { min(ratio * A, clip(ratio) * A) - beta * KL[i,t] }
 
@@ -188,7 +188,7 @@ def grpo_loss(
     In the first update after sampling every ratio is 1. With outcome rewards and "sequence" weights
     the advantages of a group then add up to 0, and the loss prints as 0, plus the KL term. That is
     no bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
-    weight * A * grad logp_t: each advantage pulls at another grad logp, and these do not cancel
+    weight * A * grad logp_t: each advantage multiplies a different grad logp: they do not cancel
     (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
     """
     if kl_beta and logp_ref is None:
@@ -208,7 +208,7 @@ def grpo_loss(
 
     objective = clipped_surrogate(logp, logp_old, advantages, clip_low, clip_high)  # (N, T)
     unclipped = (logp - logp_old).detach().exp() * advantages
-    clipped = objective < unclipped  # where min took the clip
+    clipped = objective < unclipped  # where min chose the clipped term
     diagnostics = {"clip_share": (weights * clipped).sum().item()}
     if logp_ref is not None:
         kl = kl_estimate(logp, logp_ref.masked_fill(padding, 0.0))  # (N, T)
@@ -249,9 +249,9 @@ class Batch(NamedTuple):
 def micro_batches(batch, limit):
     """Cut a batch into lists of row numbers with at most `limit` tokens, padding included.
 
-    The longest prompt counts once per row: each has a copy of its keys and values. A row that is
-    longer than the limit stands alone. Rows of similar length go together, so that little is
-    padding. The cut changes memory, time and rounding only: the losses add up.
+    The longest prompt counts once per row, because each row holds a copy of its prompt's keys and
+    values. A row that is longer than the limit stands alone. Rows of similar length go together, so
+    that little is padding. The cut changes memory, time and rounding only: the losses add up.
     """
     P = batch.prompt_ids.shape[1]
     lengths = batch.mask.sum(dim=1).tolist()
@@ -299,7 +299,7 @@ def sample_groups(
     max_new_tokens below 1, or a temperature below 0.
 
     TRAP: the library's generate() also obeys the model folder's generation_config (top_k,
-    repetition_penalty), so it samples from another policy than the one trained. This function
+    repetition_penalty), so it samples from a different policy than the one trained. This function
     reads only its arguments (test_hostile_generation_config_is_ignored).
     """
     if group_size < 1 or max_new_tokens < 1 or temperature < 0:
@@ -369,7 +369,7 @@ def sample_token(logits, temperature, generator=None):
         cdf = p.cumsum(dim=-1)
         draw = torch.rand(len(p), 1, generator=generator, dtype=p.dtype, device=p.device)
         u = cdf[:, -1:] * (1 - draw)  # (n, 1)
-        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # if p is nan, it is V
+        token = torch.searchsorted(cdf, u).clamp(max=p.shape[1] - 1)  # with nan in p, it returns V
     return token.squeeze(1), p.gather(1, token).squeeze(1).log()
 
 
@@ -405,8 +405,8 @@ def token_logprobs(
     their gradients, are copied for its completions. With V = 150,000 the logits would be by far the
     largest tensor, so only the tokens that count reach the vocabulary head, a chunk at a time.
     """
-    # TRAP: samples drawn at temperature 0.7 and scored at 1 come from another policy than the one
-    # scored (test_rescored_logprobs_equal_the_samplers).
+    # TRAP: samples drawn at temperature 0.7 and scored at 1 come from a different policy than the
+    # one scored (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
     N = len(completion_ids)
@@ -458,8 +458,8 @@ def forward(model, ids, attention_mask, cache=None, **options):
     model's own output object, with the cache, to which the new tokens have been added.
 
     TRAP: the position of a token is counted without the padding on its left. Otherwise a short
-    prompt in a batch starts at position 5 or 50, and its log-probs are wrong
-    (test_left_padding_changes_nothing).
+    prompt in a batch starts at position 5 or 50, and its log-probs are wrong in models with
+    absolute positions, such as GPT-2 (test_left_padding_changes_nothing).
     """
     attention_mask = attention_mask.long()
     position = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)[:, -ids.shape[1] :]

@@ -3,11 +3,11 @@ r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learn
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
 same text as the gold answer. No text of a model is ever run as code, and the size of every text and
-number is bounded. Section 1 is all that the training loop needs; section 4 is the grader's inside.
+number is bounded. Section 1 is all that the training loop needs; section 4 is how the grader works.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
-A box counts before a tag, a tag before ####; of several, the last one counts.
+A box takes precedence over a tag, a tag over ####; of several, the last one counts.
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")
 '2'
 
@@ -139,7 +139,7 @@ def accuracy_reward(completion, gold):
 
 
 def final_answer(solution):
-    """Return what follows the last "#### " of a solution, as in GSM8K; all of it if there is none.
+    """Return what follows the last "####" of a solution, as in GSM8K; all of it if there is none.
 
     >>> final_answer("48 / 2 = 24\\n####24"), final_answer(24), final_answer(None)
     ('24', '24', '')

@@ -159,7 +159,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
     autocast: a context in which the policy computes, in bf16 on a GPU. Returns numbers for the
-    log; kl, clip_share and entropy are means over tokens, by their weights in the loss.
+    log; kl, clip_share and entropy are means over tokens, weighted as in the loss.
     """
     stats = defaultdict(float)
     gaps = []
@@ -274,7 +274,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
             batch, texts, stats = sample_batch(author, tokenizer, questions, reward, config)
             moments = [time.perf_counter()]
             if config.kl_beta:
-                add_reference(batch, reference, config)  # on a GPU it is in bf16 already
+                add_reference(batch, reference, config)  # needs no autocast: it is bf16 on a GPU
             moments.append(time.perf_counter())
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
             stats |= update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
@@ -325,7 +325,7 @@ def evaluate_all(model, tokenizer, held_out, config):
 
 
 def renew_reward(reward, policy, tokenizer, problems, config, autocast):
-    """Retrain the reward model on the samples of the last iteration: line 12 of Algorithm 1.
+    """Retrain the reward model on the samples of the previous iteration: line 12 of Algorithm 1.
 
     Before the first iteration it gets the weights of the policy, which writes the samples.
     """
@@ -333,7 +333,7 @@ def renew_reward(reward, policy, tokenizer, problems, config, autocast):
         reward.body.load_state_dict(policy.base_model.state_dict())
         while len(reward.fresh) < reward.size:
             questions = random.sample(problems, min(len(problems), config.questions))
-            sample_batch(policy, tokenizer, questions, reward, config)  # it keeps the texts
+            sample_batch(policy, tokenizer, questions, reward, config)  # reward keeps the texts
     with autocast:
         reward.renew()
 

@@ -102,7 +102,7 @@ def test_bugs_that_are_offered_show_in_a_run(tmp_path):
     right = {}
     hidden = []
     for number, flags in FLAGS.items():
-        words = f"--sft-steps 4 --questions 8 --steps 8 --lr 1e-3 {flags}"
+        words = f"--sft-steps 2 --steps 4 --lr 1e-3 {flags}"
         if flags not in right:
             right[flags], _ = short_run(tmp_path / f"right-{number}", words, reward=parity_reward)
         _, function, _, *pieces = MUTANTS[number - 1]
