@@ -290,8 +290,8 @@ def sample_groups(
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
-    times. Then each forward pass takes one new token per row, and rows that
-    have ended leave.
+    times. Then each forward pass takes one new token per row. Rows that have ended leave, as soon
+    as they are an eighth of all.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.

@@ -83,7 +83,10 @@ def sample_batch(author, tokenizer, problems, reward, config):
 
     author: the model that writes the completions. reward: a function of prompts, completions and
     answer, each a list of N texts, that returns N numbers. Returns (batch, texts, stats): a
-    `Batch` of N = B * G completions, their texts, and numbers for the log.
+    `Batch` of N = B * G completions, their texts, and numbers for the log: reward, length and
+    truncated, means over completions; zero_var, the share of groups whose advantages are all 0;
+    tok_s, sampled tokens per second; t_sample and t_reward, in seconds; with a learned reward also
+    right and agree. mask_truncated changes the weights only: a group keeps its mean.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -159,7 +162,10 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
     autocast: a context in which the policy computes, in bf16 on a GPU. Returns numbers for the
-    log; kl, clip_share and entropy are means over tokens, weighted as in the loss.
+    log. loss, kl, clip_share and grad_norm are means over the updates; entropy is that of the
+    first. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap, gap_999
+    and gap_max are the mean, the 99.9% quantile and the maximum, over the tokens, of the absolute
+    difference between the sampler's log-probs and those of the first update.
     """
     stats = defaultdict(float)
     gaps = []

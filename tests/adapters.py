@@ -71,7 +71,7 @@ def grpo_loss(logp, logp_old, logp_ref, advantages, weights, **options):
 
 def micro_batches(batch, limit):
     """Row numbers, each once, the shortest completions first, in lists as full as `limit` allows:
-    rows * (longest prompt of the batch + longest completion). A row that is longer stands alone.
+    rows * (P + longest completion). A row that is longer stands alone.
     """
     return grpo.micro_batches(batch, limit)
 
@@ -92,8 +92,9 @@ def sample_groups(
 ):
     """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), with T =
     max_new_tokens; truncated (N,), true where no EOS came. Only the arguments decide what is drawn.
-    Each prompt goes through the model once; rows that have ended leave; the model stays in its mode
-    (train or eval). ValueError for group_size or max_new_tokens below 1, or temperature below 0.
+    Each prompt goes through the model once; rows that have ended leave, once they are an eighth of
+    all; the model stays in its mode (train or eval). ValueError, whose text says "at least", for
+    group_size or max_new_tokens below 1, or temperature below 0.
     """
     return grpo.sample_groups(
         model,

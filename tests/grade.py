@@ -31,7 +31,7 @@ from xml.etree import ElementTree
 from course import PARTS, ROOT, VARIANTS, copy_project
 
 LIMIT = 180  # seconds for the tests of one function
-ALLOWED = {"collections", "functools", "itertools", "math", "torch", "typing"}
+ALLOWED = {"collections", "contextlib", "functools", "itertools", "math", "torch", "typing"}
 FOR_TESTS = {
     "adapters",
     "conftest",
