@@ -161,6 +161,10 @@ def add_reference(batch, reference, config):
 def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
+    PAPER: pi_old is what the first update computes, before it moves the weights, and not what the
+    sampler said; it overwrites batch.logp_old. The two differ by rounding, most in bf16. RFT has
+    no ratio, so there every update computes pi_old anew.
+
     autocast: a context in which the policy computes, in bf16 on a GPU. Returns numbers for the
     log. loss, kl, clip_share and grad_norm are means over the updates; entropy is that of the
     first. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap, gap_999
@@ -182,9 +186,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
             if epoch == 0:
                 gaps.append((logp.detach() - logp_old)[micro.mask].abs())
                 stats["entropy"] += (micro.weights * entropy).sum().item() / total_weight
-            if epoch == 0 or config.sample_from == "reference":  # RFT has no ratio: always 1
-                # PAPER: pi_old is what we compute before the first update, not what the sampler
-                # said. The two differ by rounding, most in bf16; the log calls it the gap.
+            if epoch == 0 or config.sample_from == "reference":
                 logp_old = logp.detach()
                 batch.logp_old[rows, : logp.shape[1]] = logp_old
             loss, diagnostics = grpo_loss(

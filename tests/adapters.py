@@ -132,8 +132,8 @@ def token_logprobs(
     mask is false, at least float32; only the first has a gradient. question (N,): the row of
     prompt_ids that each completion answers (None: question-major). Each prompt goes through the
     model once, all tokens of a completion behind it. Only tokens that count reach the head, in
-    chunks of HEAD_LOGITS / V, whose logits the backward pass computes again. ValueError for a
-    temperature that is not above 0.
+    chunks of HEAD_LOGITS / V tokens; if there are several, the backward pass computes their logits
+    again. ValueError for a temperature that is not above 0.
     """
     return grpo.token_logprobs(
         model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question
