@@ -64,7 +64,7 @@ TRICKS = {
 @pytest.mark.parametrize("trick", TRICKS)
 def test_hostile_submissions_earn_next_to_nothing(trick, solution, monkeypatch):
     if "while" in trick:
-        monkeypatch.setattr(grade, "LIMIT", 20)
+        monkeypatch.setattr(grade, "LIMIT", 8)
     with (solution / "grpo.py").open("a", encoding="utf-8") as script:
         script.write(f"\n{trick}\n")
     (solution / "tests").mkdir()  # edited tests play no part
