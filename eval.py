@@ -85,7 +85,7 @@ def build_prompt(tokenizer, problem):
 def eos_token_ids(model, tokenizer):
     """Return the set of ids that end a completion: of tokenizer, model and chat template.
 
-    TRAP: a chat model ends a turn with a different token than a document
+    TRAP: a chat model may end a turn with another token than it ends a document with
     (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}

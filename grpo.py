@@ -27,7 +27,7 @@ t columns, M is a number of tokens that count. `mask` is true up to and includin
 Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
 with STD_EPSILON added; epsilon is 0.2; log-probs are those of the distribution that was sampled
 from, softmax(logits / temperature). Comments marked PAPER say where the code departs from the
-paper, TRAP what goes wrong silently (and the test that notices).
+paper, TRAP what else goes wrong silently (and the test that notices).
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
 skipped: 6. a check of models, 7. a faster cache.
@@ -112,7 +112,7 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
 # and all but SFT go through `grpo_loss`. They differ in who wrote the completions, and in GC, the
 # gradient coefficient of a token:
 #   SFT          people or a program     1                     warm_up of train.py
-#   RFT          the reference (SFT)     1 if right, else 0    the next row, --sample-from reference
+#   RFT          the reference (SFT)     1 if right, else 0    next row + --sample-from reference
 #   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0
 #   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 
@@ -186,9 +186,9 @@ def grpo_loss(
     ValueError if the KL term lacks its reference or the shapes do not fit.
 
     In the first update after sampling every ratio is 1. With outcome rewards and "sequence" weights
-    the advantages of a group then add up to 0, and the loss prints as 0, plus the KL term. That is
+    weight * A then adds up to 0 over a group, and the loss prints as 0, plus the KL term. That is
     no bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
-    weight * A * grad logp_t: each advantage multiplies a different grad logp: they do not cancel
+    weight * A * grad logp_t. Each grad logp_t is different, so they do not cancel
     (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
     """
     if kl_beta and logp_ref is None:

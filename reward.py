@@ -103,7 +103,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return what follows "#### " on the last such line that has a value, else on the last one."""
+    """Return the text after "#### " on the last such line with a value, else on the very last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])

@@ -161,9 +161,9 @@ def add_reference(batch, reference, config):
 def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
-    PAPER: pi_old is what the first update computes, before it moves the weights, and not what the
-    sampler said; it overwrites batch.logp_old. The two differ by rounding, most in bf16. RFT has
-    no ratio, so there every update computes pi_old anew.
+    PAPER: the log-probs of the first update, computed before it moves the weights, replace the
+    sampler's in batch.logp_old. They differ by rounding, most in bf16. RFT has no ratio, so there
+    every update replaces them.
 
     autocast: a context in which the policy computes, in bf16 on a GPU. Returns numbers for the
     log. loss, kl, clip_share and grad_norm are means over the updates; entropy is that of the
@@ -173,7 +173,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """
     stats = defaultdict(float)
     gaps = []
-    # The weights sum to 1, or to 0 if no token counts; with "constant" to less than 1.
+    # The weights sum to 1, or to 0 if no token counts; with "constant" to at most 1.
     total_weight = batch.weights.sum().item() or 1.0
     for epoch in range(config.mu):
         for rows in micro_batches(batch, config.micro_tokens):
