@@ -83,6 +83,12 @@ def test_a_bug_is_planted_and_the_flags_are_printed(number, tmp_path, capsys):
         assert len({*before} ^ {*after}) in ((1, 2, 3, 4) if name == script else (0,))
 
 
+def odd_reward(prompts, completions, answer):
+    """Earn 1.0 or 0.0 about equally often, untaught, in a way that depends on the gold, too."""
+    pairs = zip(completions, answer, strict=True)
+    return [float((len(text) + int(gold)) % 2) for text, gold in pairs]
+
+
 def printed(rows):
     """Return the columns of the log, as far as they are printed."""
     clock = ("tok_s", "seconds", "eval", "gap", "gap_999", "gap_max")
@@ -99,17 +105,16 @@ def printed(rows):
 @pytest.mark.slow
 def test_bugs_that_are_offered_show_in_a_run(tmp_path):
     """A run of seconds with the flags prints other numbers than without the bug."""
-    right = {}
     hidden = []
     for number, flags in FLAGS.items():
         words = f"--sft-steps 2 --steps 4 --lr 1e-3 {flags}"
-        if flags not in right:
-            right[flags], _ = short_run(tmp_path / f"right-{number}", words, reward=parity_reward)
-        _, function, _, *pieces = MUTANTS[number - 1]
+        what, function, _, *pieces = MUTANTS[number - 1]
+        reward = odd_reward if "gold" in what else parity_reward
+        right, _ = short_run(tmp_path / f"right-{number}", words, reward=reward)
         with mistake(function, *pieces):
-            wrong, _ = short_run(tmp_path / f"wrong-{number}", words, reward=parity_reward)
-        if printed(right[flags]) == printed(wrong):
-            hidden.append(MUTANTS[number - 1][0])
+            wrong, _ = short_run(tmp_path / f"wrong-{number}", words, reward=reward)
+        if printed(right) == printed(wrong):
+            hidden.append(what)
     assert not hidden
 
 
