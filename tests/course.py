@@ -30,7 +30,7 @@ PARTS = {
     "grpo.token_weights": Part(4, 15, "objective", "the two means in front of eq. 3, as weights"),
     "grpo.clipped_surrogate": Part(8, 10, "objective", "eq. 3: ratio, clip and min"),
     "grpo.kl_estimate": Part(5, 10, "objective", "eq. 4: an estimate of the KL, never negative"),
-    "grpo.grpo_loss": Part(10, 45, "objective", "eq. 3: all of it, with its sign turned"),
+    "grpo.grpo_loss": Part(10, 45, "objective", "eq. 3: all of it, with the sign flipped"),
     "grpo.micro_batches": Part(4, 15, "objective", "rows that fit in memory together"),
     "grpo.completion_mask": Part(4, 10, "objective eos", "which tokens belong to a completion"),
     "grpo.sample_token": Part(6, 20, "sampling", "one token per row, and its log-prob"),

@@ -9,8 +9,8 @@ points in these formats.
 Each function is graded alone: in a process of its own, in a new copy of this project with its
 tests, where only this function is the student's, with the helpers that it calls. So a mistake costs
 once, and tests that a student edits play no part. Full points if all tests pass that call the
-function; otherwise half of the share that passes. A process that ends early or takes too long earns
-nothing.
+function; otherwise half of them times the share that passes. A process that ends early or takes too
+long earns nothing.
 
 This stops mistakes and simple tricks, not an attack: code that runs in the tests' process could
 forge their result, and could write files. Read what looks odd, and run grade.py in a container.
