@@ -570,10 +570,11 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
 # --- 4. Loading models: may be skipped ----------------------------------------------------------
 
 
-def pick_device(name, threads=None):
+def pick_device(name, threads=None, precision="auto"):
     """Return (torch.device, whether it computes in bf16) for "auto", "cpu" or "cuda".
 
     threads: how many a CPU uses (None or 0: its own choice); sums depend on it in the last bits.
+    precision: "float32", "bf16", or "auto": bf16 on a GPU that has it.
     """
     cuda = torch.cuda.is_available() and name != "cpu"
     if name == "cuda" and not cuda:
@@ -581,7 +582,10 @@ def pick_device(name, threads=None):
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
-    return torch.device("cuda" if cuda else "cpu"), cuda and torch.cuda.is_bf16_supported()
+    bf16 = precision == "bf16"
+    if precision == "auto":
+        bf16 = cuda and torch.cuda.is_bf16_supported()
+    return torch.device("cuda" if cuda else "cpu"), bf16
 
 
 def load_model(name, device):

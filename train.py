@@ -748,9 +748,7 @@ def main(argv):
     reward = None if learned else load_reward(config.reward)  # its errors show now
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
-    device, bf16 = pick_device(config.device, config.threads)
-    if config.precision != "auto":
-        bf16 = config.precision == "bf16"
+    device, bf16 = pick_device(config.device, config.threads, config.precision)
     if config.model:
         policy, tokenizer = load_model(config.model, device)
     else:
