@@ -1,4 +1,4 @@
-"""Problems, prompts, models, and how well a model solves the problems; train.py shares all of it.
+"""Problems, prompts, models, and how well a model solves the problems; train.py uses most of it.
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model runs/arithmetic-0 --ask 7+5-4    a question of your own
@@ -85,7 +85,7 @@ def build_prompt(tokenizer, problem):
 def eos_token_ids(model, tokenizer):
     """Return the set of ids that end a completion: of tokenizer, model and chat template.
 
-    TRAP: a chat model may end a turn with another token than it ends a document with
+    TRAP: a chat model may end a turn with one token, and a document with another
     (test_end_of_turn_is_an_eos).
     """
     ids = {tokenizer.eos_token_id}
@@ -105,8 +105,8 @@ def pad_rows(rows, side, device):
     """Turn lists of ids into (ids, mask), both (n, longest); side: "left" for prompts, or "right".
 
     TRAP: pad with the first token of the row, not with the pad id. A fresh model's embedding of the
-    pad id is all 0, so states to the left of a prompt stay 0. There some norms have an infinite
-    derivative, and 0 times it is nan (test_padding_does_not_make_the_gradient_nan).
+    pad id is all 0, so states to the left of a prompt stay 0. At 0 some norms have an
+    infinite derivative, and 0 times inf is nan (test_padding_does_not_make_the_gradient_nan).
     """
     tensors = [torch.tensor(row) for row in rows]
     ones = [torch.ones(len(row), dtype=torch.bool) for row in rows]
@@ -126,7 +126,7 @@ def sample_problems(
     rows_at_once=ROWS_AT_ONCE,
     generator=None,
 ):
-    """Sample a group of completions for each of B problems, at most rows_at_once of them together.
+    """Sample a group of completions for each of B problems, at most rows_at_once rows together.
 
     Returns prompt ids and mask (B, P), `Samples` of N = B * group_size rows, and N texts.
     """
@@ -158,7 +158,7 @@ def sample_problems(
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
     # TRAP: some templates open the thought within the prompt. A completion that never closes it has
-    # no answer; "<think>" at its end tells the reward (test_a_thought_that_the_prompt_opened).
+    # no answer; a "<think>" at its end tells the reward so (test_a_thought_that_the_prompt_opened).
     if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [text if "</think>" in text else text + "<think>" for text in texts]
     return prompt_ids, prompt_mask, samples, texts

@@ -21,13 +21,13 @@ gives to token o_t after question q and the tokens before. EOS is the token that
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the
 groups back. P and T are the longest prompt and completion, K is the largest number of steps in any
 completion, V the size of the vocabulary, D that of a hidden state. A part of a batch has n rows and
-t columns, M is a number of tokens that count. `mask` is true up to and including the first EOS;
-`weights` say how much a token counts in the loss.
+t columns; M is the number of its tokens that count. `mask` is true up to and including the first
+EOS; `weights` say how much a token counts in the loss.
 
 Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
 with STD_EPSILON added; epsilon is 0.2; log-probs are those of the distribution that was sampled
 from, softmax(logits / temperature). Comments marked PAPER say where the code departs from the
-paper, TRAP what else goes wrong silently (and the test that notices).
+paper. Those marked TRAP say what else can go wrong silently, and which test notices.
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
 skipped: 6. a check of models, 7. a faster cache.
@@ -57,10 +57,10 @@ def outcome_advantages(rewards, scale="std"):
     rewards: (B, G). Returns advantages (B, G), each valid for all tokens of its completion. The
     group's mean stands in for the value model of PPO, a second network that predicts the reward.
     scale="none" leaves the division out: a small std makes the advantages of nearly solved and
-    nearly hopeless questions large (Dr. GRPO, arXiv 2503.20783). Raises ValueError for another
-    scale, or a group of one, which has nothing to be compared with.
+    nearly hopeless questions large (Dr. GRPO, arXiv 2503.20783). Raises ValueError for any
+    other scale, and for a group of one, which has nothing to compare with.
 
-    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (a bit less, for STD_EPSILON)
+    [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (a bit less, due to STD_EPSILON)
     [1, 1, 1, 1] -> [0, 0, 0, 0]: all right or all wrong teaches nothing
     """
     if rewards.dim() != 2 or rewards.shape[1] < 2:
@@ -140,8 +140,8 @@ def kl_estimate(logp, logp_ref):
     """Estimate the KL to the reference per token: pi_ref/pi - log(pi_ref/pi) - 1, eq. 4.
 
     (N, T), (N, T) -> (N, T). It is 0 where the two agree and positive elsewhere: for
-    pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307. Averaged over samples from pi it is KL(pi || pi_ref),
-    "unbiased" in the paper. Used as a loss on fixed samples, it has on average the gradient
+    pi_ref/pi = 2 it is 2 - log 2 - 1 = 0.307. Averaged over samples from pi it is KL(pi || pi_ref);
+    the paper calls it unbiased. Used as a loss on fixed samples, it has on average the gradient
     of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
     # PAPER: eq. 4 has no bound. Only a large pi_ref/pi overflows, so only that is bounded: a token
@@ -158,7 +158,7 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
     constant   1/N * 1/max_new_tokens      Dr. GRPO: nothing gained by being short
 
     N counts the rows that have a token, so rows that the caller masks out are not in the mean.
-    Raises ValueError for another aggregate, or "constant" without max_new_tokens.
+    Raises ValueError for any other aggregate, and for "constant" without max_new_tokens.
     """
     N = mask.any(dim=1).sum().clamp(min=1)
     if aggregate == "sequence":
@@ -179,15 +179,15 @@ def grpo_loss(
 
     logp, logp_old, logp_ref, weights: (N, T). logp_ref may be None if kl_beta is 0. advantages:
     (N,), (N, 1) or (N, T). weights: from `token_weights` for the whole batch. The rows may be
-    a micro-batch: the losses of all of them add up to that of the batch.
+    a micro-batch: the losses of all micro-batches add up to that of the batch.
 
     Returns (loss, diagnostics): a scalar, and floats that add up as well: loss; clip_share, the
     weight of the tokens whose gradient the clip took away; kl, if there is a logp_ref. Raises
     ValueError if the KL term lacks its reference or the shapes do not fit.
 
     In the first update after sampling every ratio is 1. With outcome rewards and "sequence" weights
-    weight * A then adds up to 0 over a group, and the loss prints as 0, plus the KL term. That is
-    no bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
+    weight * A then adds up to 0 over a group, and the loss prints as 0, plus the KL term. This is
+    not a bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
     weight * A * grad logp_t. Each grad logp_t is different, so they do not cancel
     (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
     """
@@ -199,8 +199,8 @@ def grpo_loss(
     if len(set(shapes)) > 1 or advantages.shape not in (weights.shape, (len(weights), 1)):
         raise ValueError(f"the shapes do not fit: {shapes}, advantages {tuple(advantages.shape)}")
 
-    # TRAP: if padding holds inf or nan, 0 times it is nan, in the backward pass as well. So what
-    # does not count is filled with 0 before anything is computed (test_padding_may_hold_anything).
+    # TRAP: if padding holds inf or nan, a weight of 0 gives nan, in the backward pass as well.
+    # Therefore padding is set to 0 before anything is computed (test_padding_may_hold_anything).
     padding = weights == 0
     logp = logp.masked_fill(padding, 0.0)
     logp_old = logp_old.masked_fill(padding, 0.0)
@@ -251,7 +251,7 @@ def micro_batches(batch, limit):
 
     The longest prompt counts once per row, because each row holds a copy of its prompt's keys and
     values. A row that is longer than the limit stands alone. Rows of similar length go together, so
-    that little is padding. The cut changes memory, time and rounding only: the losses add up.
+    that there is little padding. The cut changes memory, time and rounding only: the losses add up.
     """
     P = batch.prompt_ids.shape[1]
     lengths = batch.mask.sum(dim=1).tolist()
@@ -290,8 +290,8 @@ def sample_groups(
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
-    times. Then each forward pass takes one new token per row. Rows that have ended leave, as soon
-    as they are an eighth of all.
+    times. Then each forward pass takes one new token per row. Rows that have ended are dropped,
+    as soon as they are an eighth of all rows.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.
@@ -332,7 +332,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows leave once they are an eighth of all.
+        # Copying the cache costs time, so ended rows stay until they are an eighth of all.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]
@@ -346,7 +346,7 @@ def sample_groups(
     model.train(was_training)
     mask = completion_mask(completion_ids, eos_ids)
     truncated = ~torch.isin(completion_ids, eos).any(dim=1)
-    # Rows that had ended and were still there went on talking; that is padding now.
+    # Rows that had ended but were still there got more tokens, which become padding now.
     completion_ids = completion_ids.masked_fill(~mask, pad_id)
     return Samples(completion_ids, mask, logp.masked_fill(~mask, 0.0), truncated)
 
@@ -497,7 +497,7 @@ def bf16_weights(model):
 def check_model(model):
     """Raise ValueError if sampling or log-probs would be wrong for a model.
 
-    It refuses three kinds: models that keep another state than keys and values, such as Mamba;
+    It refuses three kinds: models that keep some state besides keys and values, such as Mamba;
     models whose logits are not just the vocabulary head applied to the last state, such as Gemma 2,
     Cohere and Granite; models whose log-probs differ with a cache and padding.
     """

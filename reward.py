@@ -3,7 +3,7 @@ r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learn
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
 same text as the gold answer. No text of a model is ever run as code, and the size of every text and
-number is bounded. Section 1 is all that the training loop needs; section 4 is how the grader works.
+number is bounded. Section 1 is all that the default run needs; section 4 is how the grader works.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
@@ -20,8 +20,8 @@ A percent sign is optional, unless the gold answer has one.
 ([True, True, True], False)
 
 Arithmetic has to be done: where the gold answer is a plain number, a sum, difference or product
-earns nothing, for a policy would copy the question. Fractions, powers and roots are forms of a
-number.
+earns nothing: otherwise a policy would copy the question. Fractions, powers and roots are forms of
+a number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
@@ -72,7 +72,7 @@ MAX_BITS = 4000  # bits of a value: of numerator and denominator, or of its expo
 
 
 class InputError(Exception):
-    """Tell the user what is wrong, and how to mend it. The command line prints it as one line."""
+    """Tell the user what is wrong, and how to fix it. The command line prints it as one line."""
 
 
 # --- 1. Extraction and rewards -------------------------------------------------------------------
@@ -103,7 +103,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return the text after "#### " on the last such line with a value, else on the very last."""
+    """Return the text after "#### ": of the last line that has a value there, else of the last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])

@@ -86,7 +86,8 @@ def sample_batch(author, tokenizer, problems, reward, config):
     `Batch` of N = B * G completions, their texts, and numbers for the log: reward, length and
     truncated, means over completions; zero_var, the share of groups whose advantages are all 0;
     tok_s, sampled tokens per second; t_sample and t_reward, in seconds; with a learned reward also
-    right and agree. mask_truncated changes the weights only: a group keeps its mean.
+    right, the mean of the rule, and agree, how often both say the same. mask_truncated changes the
+    weights only: truncated completions still count in the mean of their group.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -162,10 +163,10 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
     PAPER: the log-probs of the first update, computed before it moves the weights, replace the
-    sampler's in batch.logp_old. They differ by rounding, most in bf16. RFT has no ratio, so there
-    every update replaces them.
+    sampler's in batch.logp_old. They differ by rounding, most in bf16. RFT has no ratio, so with
+    RFT every update replaces batch.logp_old.
 
-    autocast: a context in which the policy computes, in bf16 on a GPU. Returns numbers for the
+    autocast: the context in which the policy computes (bf16 on a GPU). Returns numbers for the
     log. loss, kl, clip_share and grad_norm are means over the updates; entropy is that of the
     first. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap, gap_999
     and gap_max are the mean, the 99.9% quantile and the maximum, over the tokens, of the absolute
@@ -232,7 +233,7 @@ def step_optimizer(optimizer, model, lr, max_grad_norm):
 def train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16=False):
     """Run Algorithm 1: iterations contain steps, and steps contain updates. Its lines:
 
-     1  pi_theta <- pi_SFT                    6        pi_old <- pi_theta
+     1  pi_theta <- pi_theta_init             6        pi_old <- pi_theta
      2  for each iteration                    7-9      sample, reward, compare
      3    pi_ref <- pi_theta                  10, 11   mu updates of pi_theta
      4    for each step                       12     retrain the reward model
@@ -240,12 +241,13 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
 
     worked: problems with worked solutions, for the warm-up. held_out: {name: problems}. log: a
     function that takes the row of each step, a dict. bf16: sample and compute in bf16, as on a
-    GPU. Goes on from the checkpoint in the folder `out`, if there is one. Raises SystemExit after
+    GPU. Continues from the checkpoint in the folder `out`, if there is one. Raises SystemExit after
     Ctrl-C or SIGTERM, with the run saved.
     """
     autocast = torch.autocast(policy.device.type, torch.bfloat16, enabled=bf16)
-    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a copy. Otherwise it is
-    # the policy itself, since nothing is sampled during updates, and the batch keeps logp_old.
+    # AdamW needs float32 weights, sampling does not: with bf16, pi_old is a bf16 copy. In float32
+    # the policy itself can serve as pi_old: nothing is sampled during an update, and the batch
+    # stores logp_old.
     pi_old = bf16_weights(copy.deepcopy(policy)) if bf16 else policy
     needed = config.kl_beta or config.sample_from == "reference"
     reference = copy.deepcopy(pi_old) if needed else None
@@ -254,7 +256,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
     row = load_checkpoint(out, parts)
     started = time.time() - (row or {}).get("seconds", 0.0)
     if row is None:
-        warm_up(policy, tokenizer, worked, config, out, autocast)  # line 1: pi_theta <- pi_SFT
+        warm_up(policy, tokenizer, worked, config, out, autocast)  # line 1
         row = {"step": 0, "seconds": time.time() - started}
         save_checkpoint(out, parts, row)
     first = row["step"]
@@ -335,7 +337,7 @@ def evaluate_all(model, tokenizer, held_out, config):
 def renew_reward(reward, policy, tokenizer, problems, config, autocast):
     """Retrain the reward model on the samples of the previous iteration: line 12 of Algorithm 1.
 
-    Before the first iteration it gets the weights of the policy, which writes the samples.
+    Before the first iteration the policy writes the samples, and gives the model its weights.
     """
     if not reward.replay:
         reward.body.load_state_dict(policy.base_model.state_dict())
@@ -775,7 +777,7 @@ def main(argv):
         run = {"command": ["train.py", *argv], "config": vars(config), "conditions": conditions}
         lock = lock_run(out, json.dumps(run, indent=1))
     print(f"{policy.num_parameters():,} parameters on {device}; the run goes to {out}")
-    print("a loss near 0 is no bug: see grpo_loss", flush=True)
+    print("a loss near 0 is not a bug: see grpo_loss", flush=True)
     log = partial(write_log, out=out, writer=SummaryWriter(out) if config.tensorboard else None)
     try:
         train(policy, tokenizer, problems, worked, held_out, reward, config, out, log, bf16)

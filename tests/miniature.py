@@ -441,7 +441,8 @@ def write_section(part, seeds):
     lines = [
         "# Results",
         "",
-        "Written by `python tests/miniature.py`; it says how rows are compared.",
+        "Written by `python tests/miniature.py`, which says how rows are compared, and by",
+        "`python tests/smollm2.py`.",
     ]
     for title in dict.fromkeys([*(known.title for known in PARTS.values()), *sections]):
         if title in sections:
