@@ -5,6 +5,7 @@ make_assignment.py blanks these functions, grade.py gives points for them; see R
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,9 @@ PARTS = {
     ),
     "grpo.token_logprobs": Part(10, 120, "sampling", "log pi of each token, and the entropy"),
     "reward.extract_answer": Part(5, 50, "reward marked", "the text that is marked as the answer"),
-    "reward.accuracy_reward": Part(2, 5, "reward copying or missing or hostile", "1.0 or 0.0"),
+    "reward.accuracy_reward": Part(
+        2, 5, "reward equal_answers or copying or missing or hostile", "1.0 or 0.0"
+    ),
     "train.sample_batch": Part(
         8, 45, "train naive_loop or its_own_gold or tell_apart", "lines 7 to 9: sample and compare"
     ),
@@ -48,25 +51,52 @@ PARTS = {
     ),
 }
 
-# Last year's solution shall fail this year: names and a value that change, for each variant.
+# Last year's solution shall fail this year: names and a value that change, for each variant. The
+# new names are as long as the old ones, so that lines and tables keep their width.
 VARIANTS = [
     {},
     {
         "STD_EPSILON = 1e-4": "STD_EPSILON = 5e-4",
-        "STD_EPSILON": "SPREAD_OFFSET",
-        "MAX_LOG_RATIO": "LOG_RATIO_BOUND",
-        "clip_low": "clip_below",
-        "clip_high": "clip_above",
-        "sequence": "completion",
+        "STD_EPSILON": "SPREAD_BIAS",
+        "MAX_LOG_RATIO": "LOG_RATIO_CAP",
+        "clip_low": "low_clip",
+        "clip_high": "high_clip",
+        "sequence": "rollouts",
+        "completion_ids": "generation_ids",
+        "logp_ref": "ref_logp",
     },
     {
         "STD_EPSILON = 1e-4": "STD_EPSILON = 2e-4",
         "STD_EPSILON": "SCALE_FLOOR",
-        "MAX_LOG_RATIO": "EXPONENT_LIMIT",
+        "MAX_LOG_RATIO": "RATIO_LOG_MAX",
         "clip_low": "eps_down",
-        "clip_high": "eps_up",
-        "sequence": "answer",
+        "clip_high": "eps_above",
+        "sequence": "response",
+        "completion_ids": "sampled_tokens",
+        "logp_ref": "logp_sft",
     },
+]
+
+
+# What students do not get.
+STAY = [
+    "README.md",
+    "RESULTS.md",
+    "bench.py",
+    "course.py",
+    "grade.py",
+    "handout.md",
+    "make_assignment.py",
+    "miniature.py",
+    "one_step.py",
+    "smollm2.py",
+    "test_assignment.py",
+    "test_grade.py",
+    "test_learning.py",
+    "test_miniature.py",
+    "test_mutants.py",
+    "test_readme.py",
+    "test_train.py",  # a second, slow solution of all of it
 ]
 
 
@@ -79,13 +109,45 @@ def vary(text, variant):
     return text
 
 
+def copy_scripts(folder, variant):
+    """Copy the scripts into a folder, with the names of a variant."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ["requirements.txt", "LICENSE", ".gitignore"]:
+        shutil.copy(ROOT / name, folder)
+    for name in SCRIPTS:
+        text = (ROOT / name).read_text(encoding="utf-8")
+        (folder / name).write_text(vary(text, variant), encoding="utf-8")
+
+
 def copy_project(folder, variant, leave_out=()):
     """Copy scripts and tests, but for some of these, into a folder, with the names of a variant."""
-    shutil.copytree(
-        ROOT / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__", *leave_out)
-    )
-    for name in [*SCRIPTS, "requirements.txt", "LICENSE", ".gitignore"]:
-        shutil.copy(ROOT / name, folder)
-    for path in folder.rglob("*.py"):
+    copy_scripts(folder, variant)
+    leave_out = shutil.ignore_patterns("__pycache__", *leave_out)
+    shutil.copytree(ROOT / "tests", folder / "tests", ignore=leave_out)
+    for path in (folder / "tests").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         path.write_text(vary(text, variant), encoding="utf-8")
+
+
+def plant_bug(folder, number, variant):
+    """Plant wrong version `number` of test_mutants.py in a copy. Returns (what is wrong, where)."""
+    from test_mutants import MUTANTS, plant
+
+    what, function, _, right, wrong = MUTANTS[number - 1]
+    script = function.partition(".")[0] + ".py"
+    text = plant((ROOT / script).read_text(encoding="utf-8"), function, right, wrong)
+    (folder / script).write_text(vary(text, variant), encoding="utf-8")
+    return what, function
+
+
+def parts_named(text):
+    """Return the parts of some functions, "kl_estimate,grpo_loss", in the order to write; of "none"
+    no part. Exits with an error if there is no such function.
+    """
+    known = {part.partition(".")[2]: part for part in PARTS}
+    names = [] if text == "none" else text.split(",")
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"error: no function {', '.join(unknown)}: take some of {', '.join(known)}")
+    if "extract_answer" in names:
+        names.append("accuracy_reward")  # it hides errors, so a blank inside would not show
+    return [part for name, part in known.items() if name in names]

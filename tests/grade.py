@@ -1,16 +1,21 @@
 """Grade a solution of the assignment, or the tests that a student wrote:
 
     python tests/grade.py FOLDER                      points for each function
+    python tests/grade.py FOLDER --functions a,b      only these
     python tests/grade.py --tests FILE                which wrong versions do these tests notice?
+    python tests/grade.py --tests FILE --bugs 24,31   only these
 
 Options: --variant N, as given to make_assignment.py; --junit FILE and --gradescope FILE write the
-points in these formats.
+points of a solution in these formats.
 
 Each function is graded alone: in a process of its own, in a new copy of this project with its
 tests, where only this function is the student's, with the helpers that it calls. So a mistake costs
 once, and tests that a student edits play no part. Full points if all tests pass that call the
-function; otherwise half of them times the share that passes. A process that ends early or takes too
-long earns nothing.
+function; otherwise half of them times the share of tests that pass with all their cases. A process
+that ends early or takes too long earns nothing.
+
+Tests are run against each wrong version in a process and a copy of their own, too, and three times
+against the right version, where they must pass.
 
 This stops mistakes and simple tricks, not an attack: code that runs in the tests' process could
 forge their result, and could write files. Read what looks odd, and run grade.py in a container.
@@ -22,15 +27,19 @@ import importlib
 import json
 import multiprocessing
 import os
+import resource
+import signal
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from xml.etree import ElementTree
 
-from course import PARTS, ROOT, VARIANTS, copy_project
+from course import PARTS, ROOT, STAY, VARIANTS, copy_project, parts_named, plant_bug, vary
 
-LIMIT = 180  # seconds for the tests of one function
+CPU_LIMIT = 150  # seconds of one core for the tests of one function; ours take up to 20
+LIMIT = 900  # seconds, for a process that sleeps, or that shares its core with others
+POINTS_FOR_TESTS = 25
 ALLOWED = {"collections", "contextlib", "functools", "itertools", "math", "torch", "typing"}
 FOR_TESTS = {
     "adapters",
@@ -43,8 +52,24 @@ FOR_TESTS = {
     "reward",
     "train",
 }
-INNER = {"__class__", "__closure__", "__code__", "__dict__", "__globals__", "__wrapped__"}
+INNER = {  # where one gets at the code of functions, and at what a module has imported
+    "__base__",
+    "__bases__",
+    "__builtins__",
+    "__class__",
+    "__closure__",
+    "__code__",
+    "__dict__",
+    "__getattribute__",
+    "__globals__",
+    "__loader__",
+    "__mro__",
+    "__spec__",
+    "__subclasses__",
+    "__wrapped__",
+}
 FORBIDDEN = {"__import__", "breakpoint", "compile", "delattr", "eval", "exec", "globals", "setattr"}
+FORBIDDEN_IN_TESTS = FORBIDDEN | {"getattr", "open", "vars"}
 
 
 # --- What a solution may not do -----------------------------------------------------------------
@@ -58,7 +83,7 @@ def imported_modules(tree):
     return {name.partition(".")[0] for name in names}
 
 
-def broken_rule(path, allowed):
+def broken_rule(path, allowed, forbidden=FORBIDDEN):
     """Return why a script is not run at all, or "" if nothing speaks against it."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
@@ -67,10 +92,13 @@ def broken_rule(path, allowed):
     modules = imported_modules(tree)
     if more := sorted(modules - allowed):
         return f"imports {', '.join(more)}"
+    # After `import eval`, that name is a module.
+    plain = [alias for node in tree.body if isinstance(node, ast.Import) for alias in node.names]
+    forbidden = forbidden - {alias.asname or alias.name for alias in plain}
     for node in ast.walk(tree):
         name = node.attr if isinstance(node, ast.Attribute) else getattr(node, "id", "")
         line = f"line {getattr(node, 'lineno', 0)}"
-        if isinstance(node, ast.Name) and name in FORBIDDEN:
+        if isinstance(node, ast.Name) and name in forbidden:
             return f"{line} calls {name}"
         if isinstance(node, ast.Attribute):
             if name in INNER:
@@ -114,11 +142,12 @@ class Watcher:
             del self.outcomes[nodeid]
 
     def passed(self):
-        """Return {test: whether it passed} for the tests that call the function."""
-        return {
-            nodeid.rpartition("::")[2]: set(outcomes) == {"passed"}
-            for nodeid, outcomes in self.outcomes.items()
-        }
+        """Return {test: whether all its cases passed} for the tests that call the function."""
+        tests = {}
+        for nodeid, outcomes in self.outcomes.items():
+            name = nodeid.rpartition("::")[2].partition("[")[0]
+            tests[name] = tests.get(name, True) and set(outcomes) == {"passed"}
+        return tests
 
 
 def enter(copy):
@@ -161,20 +190,31 @@ def run_part(connection, copy, part):
     connection.send(watcher.passed())
 
 
+def limited(seconds, target, *args):
+    """Run a function on one core, for so many seconds of its time."""
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch is not there yet
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 10))
+    target(*args)
+
+
 def in_process(target, *args):
     """Run a function in a process of its own. Returns what it sends, or why it sent nothing."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=target, args=(theirs, *args), daemon=True)
+    words = (CPU_LIMIT, target, theirs, *args)
+    process = context.Process(target=limited, args=words, daemon=True)
     process.start()
     theirs.close()
     try:
         if not ours.poll(LIMIT):
-            return f"took more than {LIMIT} seconds"
+            return f"took more than {LIMIT} seconds: is this machine busy?"
         result = ours.recv()
         process.join(10)  # it may clean up
         return result
     except EOFError:
+        process.join(10)
+        if process.exitcode == -signal.SIGXCPU:
+            return f"took more than {CPU_LIMIT} seconds of a core"
         return "its process ended before the tests did"
     finally:
         process.kill()
@@ -256,69 +296,92 @@ class Failed:
             self.names.append(report.nodeid.rpartition("::")[2])
 
 
-def run_against(connection, copy, number):
-    """Run the student's tests against wrong version `number`, or against the right one (0)."""
+def run_student(connection, copy):
+    """Run the student's tests in a copy; send how many ran, and the names of those that failed."""
     enter(copy)
-    import test_mutants
-
     failed = Failed()
-    if number:
-        _, function, _, right, wrong = test_mutants.MUTANTS[number - 1]
-        with test_mutants.mistake(function, right, wrong):
-            run_pytest("student", failed)
-    else:
-        run_pytest("student", failed)
+    run_pytest("student", failed)
     connection.send((failed.ran, failed.names))
+
+
+def try_tests(text, variant, number=0):
+    """Run tests against wrong version `number`, or the right one (0), each in a new copy, where no
+    earlier run has left anything. Returns (how many ran, which failed), or why that is not known.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "project"
+        copy_project(copy, variant, STAY)
+        if number:
+            plant_bug(copy, number, variant)
+        (copy / "tests" / "test_student.py").write_text(text, encoding="utf-8")
+        return in_process(run_student, copy)
+
+
+def copied_tests(text, variant):
+    """Return the names of tests that also stand in the hand-out."""
+    ours = set()
+    for path in (ROOT / "tests").glob("test_*.py"):
+        tree = ast.parse(vary(path.read_text(encoding="utf-8"), variant))
+        ours |= {ast.dump(node) for node in tree.body if isinstance(node, ast.FunctionDef)}
+    nodes = [node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef)]
+    return [node.name for node in nodes if ast.dump(node) in ours and node.name[:4] == "test"]
 
 
 def grade_tests(path, variant, numbers):
     """Print which of these wrong versions the tests in a file notice. Returns how many."""
     from test_mutants import MUTANTS
 
-    reason = broken_rule(path, ALLOWED | FOR_TESTS)
+    reason = broken_rule(path, ALLOWED | FOR_TESTS, FORBIDDEN_IN_TESTS)
     if reason:
         sys.exit(f"error: {path} {reason}")
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "project"
-        copy_project(copy, variant)
-        student = copy / "tests" / "test_student.py"
-        student.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
-        healthy = in_process(run_against, copy, 0)
-        if isinstance(healthy, str) or healthy[1] or not healthy[0]:
-            sys.exit(f"error: on the right version they have to pass, and do not: {healthy}")
-        print(f"right version: {healthy[0]} tests pass")
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            results = pool.map(lambda n: in_process(run_against, copy, n), numbers)
-            noticed = 0
-            for number, result in zip(numbers, results, strict=True):
-                names = [result] if isinstance(result, str) else result[1]
-                noticed += bool(names)
-                what, function, *_ = MUTANTS[number - 1]
-                print(f"{'noticed' if names else '-':<8} {number:>3} {function}: {what}", end="")
-                print(f" ({', '.join(names[:2])})" if names else "", flush=True)
-    print(f"{noticed} of {len(numbers)} wrong versions are noticed")
+    text = path.read_text(encoding="utf-8")
+    if copies := copied_tests(text, variant):
+        sys.exit(f"error: {path} has tests of the hand-out: {', '.join(copies[:5])}")
+    noticed = 0
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for healthy in pool.map(lambda _: try_tests(text, variant), range(3)):
+            if isinstance(healthy, str) or healthy[1] or not healthy[0]:
+                sys.exit(f"error: on the right version they have to pass, and do not: {healthy}")
+        print(f"right version: {healthy[0]} tests pass, three times")
+        results = pool.map(lambda number: try_tests(text, variant, number), numbers)
+        for number, result in zip(numbers, results, strict=True):
+            # A process that ended has not said that something is wrong.
+            failed = [] if isinstance(result, str) else result[1]
+            note = result if isinstance(result, str) else ", ".join(failed[:2])
+            noticed += bool(failed)
+            what, function, *_ = MUTANTS[number - 1]
+            print(f"{'noticed' if failed else '-':<8} {number:>3} {function}: {what}", end="")
+            print(f" ({note})" if note else "", flush=True)
+    points = min(noticed, POINTS_FOR_TESTS)
+    print(f"{noticed} of {len(numbers)} wrong versions are noticed: {points} points")
     return noticed
 
 
 def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("--functions", type=parts_named, default=list(PARTS))
     parser.add_argument("--tests", type=Path)
+    parser.add_argument("--bugs", default="")
     parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), default=0)
     parser.add_argument("--junit", type=Path)
     parser.add_argument("--gradescope", type=Path)
     args = parser.parse_args(argv)
     if args.tests:
+        if args.junit or args.gradescope:
+            sys.exit("error: --junit and --gradescope are for the points of a solution")
         sys.path.insert(0, str(ROOT))
         from test_mutants import MUTANTS
 
-        return grade_tests(args.tests, args.variant, range(1, len(MUTANTS) + 1))
+        numbers = [int(number) for number in args.bugs.split(",") if number]
+        return grade_tests(args.tests, args.variant, numbers or range(1, len(MUTANTS) + 1))
     if args.folder is None or not (args.folder / "grpo.py").exists():
         sys.exit(f"error: {args.folder} holds no grpo.py: name the folder of a solution")
-    results = grade(args.folder, args.variant)
+    results = grade(args.folder, args.variant, args.functions)
     for part, (points, text) in results.items():
         print(f"{part:<26} {points:>5.1f} of {PARTS[part].points:>2}   {text}")
-    print(f"{'sum':<26} {sum(points for points, _ in results.values()):>5.1f} of 100")
+    most = sum(PARTS[part].points for part in results)
+    print(f"{'sum':<26} {sum(points for points, _ in results.values()):>5.1f} of {most}")
     if args.junit:
         write_junit(args.junit, results)
     if args.gradescope:

@@ -2,8 +2,10 @@
 
     python tests/make_assignment.py FOLDER                      all functions of course.py are blank
     python tests/make_assignment.py FOLDER --functions a,b      only these
-    python tests/make_assignment.py FOLDER --variant 1          other names, so last year's fails
+    python tests/make_assignment.py FOLDER --functions none     no function: the solution
     python tests/make_assignment.py FOLDER --bug 12             a bug of test_mutants.py
+
+Each of these takes --variant N, which renames constants and options: last year's solution fails.
 
 A blank function keeps its signature and docstring, and raises NotImplementedError; helpers that
 nothing else uses go. README.md becomes the hand-out (handout.md). Then the tests run, here and
@@ -17,32 +19,24 @@ import functools
 import importlib
 import multiprocessing
 import os
-import shutil
+import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
-from course import BLANK, PARTS, ROOT, SCRIPTS, VARIANTS, copy_project, vary
-
-STAY = [
-    "README.md",
-    "RESULTS.md",
-    "course.py",
-    "grade.py",
-    "handout.md",
-    "make_assignment.py",
-    "miniature.py",
-    "one_step.py",
-    "smollm2.py",
-    "test_assignment.py",
-    "test_grade.py",
-    "test_learning.py",
-    "test_miniature.py",
-    "test_mutants.py",
-    "test_readme.py",
-    "test_train.py",  # a second, slow solution of all of it
-]
+from course import (
+    BLANK,
+    PARTS,
+    ROOT,
+    STAY,
+    VARIANTS,
+    copy_project,
+    copy_scripts,
+    parts_named,
+    plant_bug,
+    vary,
+)
 
 
 def functions(source):
@@ -160,22 +154,26 @@ def write_handout(folder, parts, variant):
             f"| {number} | `{name}` | {module}.py | {task} | {file} | {points} | {minutes} |"
         )
     text = (ROOT / "tests" / "handout.md").read_text(encoding="utf-8").partition("\n")[2]
+    ours = {part.partition(".")[2] for part in PARTS}
+    names = {part.partition(".")[2] for part in parts}
+    for item in re.findall(r"^- (?:.|\n(?!- |\n))*\n", text, re.M):
+        about = ours & set(re.findall(r"`(\w+)`", item))
+        if about and not about & names:  # a hint on functions that are not blank
+            text = text.replace(item, "")
     text = text.replace("ROWS", "\n".join(rows))
     text = text.replace("POINTS", str(sum(PARTS[part].points for part in parts)))
     (folder / "README.md").write_text(vary(text, variant), encoding="utf-8")
 
 
-def plant_bug(folder, number):
-    """Plant wrong version `number` of test_mutants.py in a copy of the scripts."""
-    from test_mutants import FLAGS, MUTANTS, plant
+def write_bug(folder, number, variant):
+    """Write the scripts with wrong version `number` of test_mutants.py, and print the key."""
+    from test_mutants import FLAGS
 
-    what, function, _, right, wrong = MUTANTS[number - 1]
-    flags = FLAGS[number]
-    script = folder / (function.partition(".")[0] + ".py")
-    text = script.read_text(encoding="utf-8")
-    script.write_text(plant(text, function, right, wrong), encoding="utf-8")
-    print(f"{folder} has one bug, in one place. These two runs print other numbers:")
-    print(f"python train.py {flags}".rstrip() + "   (here, and there)")
+    copy_scripts(folder, variant)
+    what, function = plant_bug(folder, number, variant)
+    print(f"{folder} has one bug. For you alone: {function}: {what}.")
+    print("With it, and without it in a right solution, this prints other numbers:")
+    print(f"python train.py {vary(FLAGS[number], variant)}".rstrip())
 
 
 def fail(message):
@@ -184,19 +182,12 @@ def fail(message):
 
 def parse(argv):
     """Return the options, with the full names of the parts."""
-    known = {part.partition(".")[2]: part for part in PARTS}
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--functions", default=",".join(known))
+    parser.add_argument("--functions", dest="parts", type=parts_named, default=list(PARTS))
     parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), default=0)
     parser.add_argument("--bug", type=int)
     args = parser.parse_args(argv)
-    names = args.functions.split(",")
-    if unknown := [name for name in names if name not in known]:
-        fail(f"no function {', '.join(unknown)} to blank: take some of {', '.join(known)}")
-    if "extract_answer" in names:
-        names.append("accuracy_reward")  # it hides errors, so a blank inside would not show
-    args.parts = [part for name, part in known.items() if name in names]  # in the order to write
     if args.bug is not None:
         from test_mutants import FLAGS, MUTANTS
 
@@ -211,11 +202,8 @@ def parse(argv):
 def main(argv):
     sys.path.insert(0, str(ROOT))
     args = parse(argv)
-    args.folder.mkdir(parents=True)
     if args.bug is not None:
-        for name in [*SCRIPTS, "requirements.txt", "LICENSE", ".gitignore"]:
-            shutil.copy(ROOT / name, args.folder)
-        return plant_bug(args.folder, args.bug)
+        return write_bug(args.folder, args.bug, args.variant)
     copy_project(args.folder, args.variant, STAY)
     write_blanks(args.folder, [part.partition(".")[2] for part in args.parts])
     write_handout(args.folder, args.parts, args.variant)

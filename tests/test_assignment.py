@@ -4,9 +4,9 @@ import ast
 
 import make_assignment
 import pytest
-from course import PARTS, ROOT, VARIANTS, copy_project
+from course import PARTS, ROOT, SCRIPTS, STAY, VARIANTS, copy_project, vary
 from helpers import parity_reward, short_run
-from make_assignment import STAY, functions, write_blanks
+from make_assignment import functions, write_blanks
 from test_mutants import FLAGS, MUTANTS, mistake
 
 NAMES = [part.partition(".")[2] for part in PARTS]
@@ -41,6 +41,21 @@ def test_signature_and_docstring_stay_and_the_body_goes(names, gone, tmp_path):
     assert len(removed) == gone and set(removed) <= {*HELPERS["grpo.py"], *HELPERS["reward.py"]}
 
 
+def test_a_short_assignment_has_no_hints_on_other_functions(tmp_path):
+    make_assignment.write_handout(tmp_path, ["grpo.kl_estimate", "grpo.token_logprobs"], 0)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "`sample_groups` and `token_logprobs` use a cache" in text
+    assert "`extract_answer`" not in text and "`sample_batch`" not in text
+    assert "tests/adapters.py" in text and "Together 15 points" in text
+
+
+def test_none_writes_the_solution(tmp_path):
+    make_assignment.main([str(tmp_path / "solution"), "--functions", "none", "--variant", "2"])
+    for name in SCRIPTS:
+        text = vary((ROOT / name).read_text(encoding="utf-8"), 2)
+        assert (tmp_path / "solution" / name).read_text(encoding="utf-8") == text
+
+
 def test_no_other_function_gives_the_advantages_away(tmp_path):
     copy_project(tmp_path / "fork", 0, STAY)
     write_blanks(tmp_path / "fork", ["outcome_advantages"])
@@ -71,14 +86,18 @@ def test_a_variant_changes_every_name_everywhere(variant, tmp_path):
     assert any(VARIANTS[variant]["clip_low"] in text for text in texts)
 
 
+@pytest.mark.parametrize("variant", [0, 1])
 @pytest.mark.parametrize("number", [1, 24, 30, max(FLAGS)])
-def test_a_bug_is_planted_and_the_flags_are_printed(number, tmp_path, capsys):
-    make_assignment.main([str(tmp_path / "bug"), "--bug", str(number)])
-    script = MUTANTS[number - 1][1].partition(".")[0] + ".py"
-    assert f"python train.py {FLAGS[number]}".strip() in capsys.readouterr().out
+def test_a_bug_is_planted_and_the_flags_are_printed(number, variant, tmp_path, capsys):
+    make_assignment.main([str(tmp_path / "bug"), "--bug", str(number), "--variant", str(variant)])
+    what, function, *_ = MUTANTS[number - 1]
+    script = function.partition(".")[0] + ".py"
+    printed = capsys.readouterr().out
+    assert f"python train.py {vary(FLAGS[number], variant)}".strip() in printed
+    assert f"{function}: {what}" in printed
     assert not (tmp_path / "bug" / "tests").exists()
-    for name in make_assignment.SCRIPTS:
-        before = (ROOT / name).read_text(encoding="utf-8").splitlines()
+    for name in SCRIPTS:
+        before = vary((ROOT / name).read_text(encoding="utf-8"), variant).splitlines()
         after = (tmp_path / "bug" / name).read_text(encoding="utf-8").splitlines()
         assert len({*before} ^ {*after}) in ((1, 2, 3, 4) if name == script else (0,))
 
@@ -119,7 +138,7 @@ def test_bugs_that_are_offered_show_in_a_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "words, message", [("--bug 5", "shows in no run"), ("--functions kl", "no function")]
+    "words, message", [("--bug 5", "shows in no run"), ("--functions kl", "no function kl")]
 )
 def test_bad_arguments_are_one_line_and_leave_nothing(words, message, tmp_path):
     with pytest.raises(SystemExit, match=message):

@@ -6,7 +6,7 @@ import shutil
 
 import grade
 import pytest
-from course import PARTS, ROOT, SCRIPTS, copy_project
+from course import BLANK, PARTS, ROOT, SCRIPTS, VARIANTS, copy_project
 from grade import ALLOWED, FOR_TESTS, broken_rule, grade_part, imported_modules
 from make_assignment import functions, write_blanks
 from test_mutants import MUTANTS, plant
@@ -50,7 +50,8 @@ def test_a_right_solution_a_blank_and_a_mistake(solution, tmp_path):
 
 
 TRICKS = {
-    "while True:\n    pass": "took more than",
+    "while True:\n    pass": "took more than 8 seconds of a core",
+    "import time": "imports time",
     "raise SystemExit(0)": "cannot be imported: SystemExit",
     "import posix\nposix._exit(0)": "imports posix",
     "torch.testing.assert_close = print": "changes the module torch",
@@ -64,13 +65,22 @@ TRICKS = {
 @pytest.mark.parametrize("trick", TRICKS)
 def test_hostile_submissions_earn_next_to_nothing(trick, solution, monkeypatch):
     if "while" in trick:
-        monkeypatch.setattr(grade, "LIMIT", 8)
+        monkeypatch.setattr(grade, "CPU_LIMIT", 8)
     with (solution / "grpo.py").open("a", encoding="utf-8") as script:
         script.write(f"\n{trick}\n")
     (solution / "tests").mkdir()  # edited tests play no part
     (solution / "tests" / "test_objective.py").write_text("def test_loss():\n    pass\n")
     points, text = grade_part(KL, solution, 0)
     assert points <= PARTS[KL].points / 4 and TRICKS[trick] in text
+
+
+def test_a_process_that_sleeps_is_ended(solution, monkeypatch):
+    """train.py imports time, so the rules cannot see it."""
+    monkeypatch.setattr(grade, "LIMIT", 10)
+    with (solution / "train.py").open("a", encoding="utf-8") as script:
+        script.write("\ntime.sleep(1000)\n")
+    points, text = grade_part("train.update", solution, 0)
+    assert points == 0 and "took more than 10 seconds: is this machine busy?" in text
 
 
 def test_a_function_that_ends_the_process_earns_nothing(solution):
@@ -87,7 +97,18 @@ def test_our_own_scripts_keep_the_rules():
     for script in ("grpo.py", "reward.py", "train.py"):
         modules = imported_modules(ast.parse((ROOT / script).read_text(encoding="utf-8")))
         assert broken_rule(ROOT / script, ALLOWED | modules) == ""
-    assert broken_rule(ROOT / "tests" / "test_objective.py", ALLOWED | FOR_TESTS) == ""
+    path = ROOT / "tests" / "test_objective.py"
+    assert broken_rule(path, ALLOWED | FOR_TESTS, grade.FORBIDDEN_IN_TESTS) == ""
+
+
+def test_a_constant_reward_earns_half_at_most(solution):
+    """There are tests that ask for 1.0, beside those that ask for 0.0."""
+    line = f'raise NotImplementedError("accuracy_reward {BLANK}")'
+    for constant in ("0.0", "1.0"):
+        write_blanks(solution, ["accuracy_reward"])
+        rewrite(solution / "reward.py", line, f"return {constant}")
+        assert 0 <= grade_part("reward.accuracy_reward", solution, 0)[0] <= 1
+        shutil.copy(ROOT / "reward.py", solution)
 
 
 def test_a_variant_fails_last_years_solution_and_passes_its_own(solution, tmp_path):
@@ -95,6 +116,14 @@ def test_a_variant_fails_last_years_solution_and_passes_its_own(solution, tmp_pa
     assert "fail" in grade_part(part, solution, 1)[1]
     copy_project(tmp_path / "new", 1)
     assert grade_part(part, tmp_path / "new", 1)[0] == 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", range(1, len(VARIANTS)))
+def test_a_variant_costs_last_years_solution_a_third(variant, solution, tmp_path):
+    copy_project(tmp_path / "new", variant)
+    assert sum(points for points, _ in grade.grade(tmp_path / "new", variant).values()) == 100
+    assert sum(points for points, _ in grade.grade(solution, variant).values()) < 67
 
 
 def test_reports(solution, tmp_path, capsys):
@@ -107,6 +136,13 @@ def test_reports(solution, tmp_path, capsys):
     assert xml.count("<testcase") == 2 and xml.count("<failure") == 1
     with pytest.raises(SystemExit, match="holds no grpo.py"):
         grade.main([str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="are for the points of a solution"):
+        grade.main(["--tests", "mine.py", "--junit", "a.xml"])
+
+
+def test_only_some_functions_are_graded(solution, capsys):
+    grade.main([str(solution), "--functions", "kl_estimate"])
+    assert capsys.readouterr().out.splitlines()[-1].split() == ["sum", "5.0", "of", "5"]
 
 
 MINE = """
@@ -125,13 +161,54 @@ def test_a_students_tests_are_graded(tmp_path, capsys):
     path = tmp_path / "mine.py"
     path.write_text(MINE)
     assert grade.grade_tests(path, 0, wrong) == 2  # the one without a gradient has the same values
-    assert "noticed" in capsys.readouterr().out
-    path.write_text("def test_false():\n    assert False\n")
-    with pytest.raises(SystemExit, match="on the right version"):
-        grade.grade_tests(path, 0, wrong)
-    path.write_text("import subprocess\n")
-    with pytest.raises(SystemExit, match="imports subprocess"):
-        grade.grade_tests(path, 0, wrong)
+    assert f"2 of {len(wrong)} wrong versions are noticed: 2 points" in capsys.readouterr().out
+
+
+REFUSED = {
+    "def test_false():\n    assert False\n": "on the right version",
+    "def test_state():\n    open('seen', 'x')\n": "line 2 calls open",
+    "import subprocess\n": "imports subprocess",
+    "import grpo\ngrpo.__loader__\n": "line 2 uses __loader__",
+    "import grpo\ndef test_a():\n    getattr(grpo, 'a')\n": "line 3 calls getattr",
+    "def test_eval():\n    eval('1')\n": "line 2 calls eval",
+}
+
+
+@pytest.mark.parametrize("text", REFUSED)
+def test_tests_that_are_refused(text, tmp_path):
+    (tmp_path / "mine.py").write_text(text)
+    with pytest.raises(SystemExit, match=REFUSED[text]):
+        grade.grade_tests(tmp_path / "mine.py", 0, [1])
+
+
+def test_the_module_eval_is_not_the_function(tmp_path):
+    (tmp_path / "mine.py").write_text("import eval\n\neval.wilson\n")
+    assert broken_rule(tmp_path / "mine.py", FOR_TESTS, grade.FORBIDDEN_IN_TESTS) == ""
+
+
+def test_a_test_of_ours_is_no_test_of_theirs(tmp_path):
+    path = ROOT / "tests" / "test_objective.py"
+    name = next(name for name in functions(path.read_text(encoding="utf-8")) if "test_" in name)
+    with pytest.raises(SystemExit, match=f"tests of the hand-out: {name}"):
+        grade.grade_tests(path, 0, [1])
+
+
+ENDLESS = """
+import torch
+from adapters import kl_estimate
+
+def test_it():
+    while kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() < 0.5:
+        pass
+"""
+
+
+def test_a_loop_on_a_wrong_version_is_no_failed_test(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(grade, "CPU_LIMIT", 12)
+    (tmp_path / "mine.py").write_text(ENDLESS)
+    number = [mutant[0] for mutant in MUTANTS].index("KL of the other direction") + 1
+    assert grade.grade_tests(tmp_path / "mine.py", 0, [number]) == 0
+    assert "(took more than 12 seconds of a core)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
