@@ -362,7 +362,7 @@ def main(argv):
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--functions", type=parts_named, default=list(PARTS))
     parser.add_argument("--tests", type=Path)
-    parser.add_argument("--bugs", default="")
+    parser.add_argument("--bugs", type=lambda text: [int(number) for number in text.split(",")])
     parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), default=0)
     parser.add_argument("--junit", type=Path)
     parser.add_argument("--gradescope", type=Path)
@@ -373,8 +373,10 @@ def main(argv):
         sys.path.insert(0, str(ROOT))
         from test_mutants import MUTANTS
 
-        numbers = [int(number) for number in args.bugs.split(",") if number]
-        return grade_tests(args.tests, args.variant, numbers or range(1, len(MUTANTS) + 1))
+        numbers = args.bugs or range(1, len(MUTANTS) + 1)
+        if not set(numbers) <= set(range(1, len(MUTANTS) + 1)):
+            sys.exit(f"error: --bugs are numbers from 1 to {len(MUTANTS)}")
+        return grade_tests(args.tests, args.variant, numbers)
     if args.folder is None or not (args.folder / "grpo.py").exists():
         sys.exit(f"error: {args.folder} holds no grpo.py: name the folder of a solution")
     results = grade(args.folder, args.variant, args.functions)

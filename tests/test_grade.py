@@ -136,6 +136,8 @@ def test_reports(solution, tmp_path, capsys):
     assert xml.count("<testcase") == 2 and xml.count("<failure") == 1
     with pytest.raises(SystemExit, match="holds no grpo.py"):
         grade.main([str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit, match="--bugs are numbers from 1 to"):
+        grade.main(["--tests", "mine.py", "--bugs", "12,0"])
     with pytest.raises(SystemExit, match="are for the points of a solution"):
         grade.main(["--tests", "mine.py", "--junit", "a.xml"])
 
