@@ -357,12 +357,16 @@ def grade_tests(path, variant, numbers):
     return noticed
 
 
+def bug_numbers(text):
+    return [int(number) for number in text.split(",")]
+
+
 def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__)
     parser.add_argument("folder", type=Path, nargs="?")
     parser.add_argument("--functions", type=parts_named, default=list(PARTS))
     parser.add_argument("--tests", type=Path)
-    parser.add_argument("--bugs", type=lambda text: [int(number) for number in text.split(",")])
+    parser.add_argument("--bugs", type=bug_numbers)
     parser.add_argument("--variant", type=int, choices=range(len(VARIANTS)), default=0)
     parser.add_argument("--junit", type=Path)
     parser.add_argument("--gradescope", type=Path)
