@@ -157,8 +157,8 @@ def sample_problems(
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    # TRAP: some templates open the thought within the prompt. A completion that never closes it has
-    # no answer; a "<think>" at its end tells the reward so (test_a_thought_that_the_prompt_opened).
+    # TRAP: some templates end the prompt with <think>. A completion that never closes it has no
+    # answer; a "<think>" at its end tells the reward so (test_a_thought_that_the_prompt_opened).
     if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [text if "</think>" in text else text + "<think>" for text in texts]
     return prompt_ids, prompt_mask, samples, texts
@@ -584,7 +584,7 @@ def pick_device(name, threads=None, precision="auto"):
     torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
     bf16 = precision == "bf16"
     if precision == "auto":
-        bf16 = cuda and torch.cuda.is_bf16_supported()
+        bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.device("cuda" if cuda else "cpu"), bf16
 
 

@@ -112,7 +112,7 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
 # and all but SFT go through `grpo_loss`. They differ in who wrote the completions, and in GC, the
 # gradient coefficient of a token:
 #   SFT          people or a program     1                     warm_up of train.py
-#   RFT          the reference (SFT)     1 if right, else 0    next row + --sample-from reference
+#   RFT          the reference (SFT)     1 if right, else 0    those below + --sample-from reference
 #   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0
 #   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 
@@ -291,7 +291,7 @@ def sample_groups(
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
     times. Then each forward pass takes one new token per row. Rows that have ended are dropped,
-    as soon as they are an eighth of all rows.
+    as soon as they are an eighth of those that are left.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.
@@ -332,7 +332,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows stay until they are an eighth of all.
+        # Copying the cache costs time, so ended rows stay until they are an eighth.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]
@@ -394,16 +394,17 @@ def completion_mask(completion_ids, eos_ids):
 def token_logprobs(
     model, prompt_ids, prompt_mask, completion_ids, mask, temperature, question=None
 ):
-    """Compute the log-prob of every completion token, and the entropy at its place.
+    """Compute the log-prob of every completion token, and the entropy at its position.
 
     prompt_ids, prompt_mask: (B, P); completion_ids, mask: (N, T); question: (N,), which of the B
     prompts each completion answers (None: question-major); temperature: that of the sampling.
     Returns (logp, entropy), both (N, T), in nats, at least float32, 0 where mask is false. Only
     logp carries a gradient. Raises ValueError for a temperature that is not above 0.
 
-    As in sampling, each of the B prompts goes through the model once: its keys and values, with
-    their gradients, are copied for its completions. With V = 150,000 the logits would be by far the
-    largest tensor, so only the tokens that count reach the vocabulary head, a chunk at a time.
+    As in sampling, each of the B prompts goes through the model once. Its keys and values are
+    copied for its completions, and gradients flow back through the copies. With V = 150,000 the
+    logits would be by far the largest tensor, so only the tokens that count reach the vocabulary
+    head, a chunk at a time.
     """
     # TRAP: samples drawn at temperature 0.7 and scored at 1 come from a different policy than the
     # one scored (test_rescored_logprobs_equal_the_samplers).
@@ -508,7 +509,8 @@ def check_model(model):
 
     head = model.get_output_embeddings()
     ids = torch.tensor([[1, 1, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)
-    expected = head(1000 * model.base_model(input_ids=ids).last_hidden_state)  # a soft cap shows
+    # States so large that a soft cap of the logits would show.
+    expected = head(1000 * model.base_model(input_ids=ids).last_hidden_state)
     with head.register_forward_pre_hook(lambda module, states: (1000 * states[0],)):
         difference = model(input_ids=ids).logits - expected
     if not difference.abs().max() < 1e-3 * expected.abs().max():

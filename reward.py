@@ -3,7 +3,7 @@ r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learn
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
 same text as the gold answer. No text of a model is ever run as code, and the size of every text and
-number is bounded. Section 1 is all that the default run needs; section 4 is how the grader works.
+number is bounded. To follow the default run, read section 1; section 4 is how the grader works.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
@@ -11,7 +11,7 @@ A box takes precedence over a tag, a tag over ####; of several, the last one cou
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")
 '2'
 
-A number without a mark earns nothing, and neither does a hedge.
+A number without a mark earns nothing, nor does a hedge between two answers.
 >>> accuracy_reward("The answer is 18.", "18"), is_equivalent("18 or 20", "18")
 (0.0, False)
 
@@ -19,9 +19,9 @@ A percent sign is optional, unless the gold answer has one.
 >>> [is_equivalent("50%", gold) for gold in ("1/2", "0.5", "50")], is_equivalent("50", "50%")
 ([True, True, True], False)
 
-Arithmetic has to be done: where the gold answer is a plain number, a sum, difference or product
-earns nothing: otherwise a policy would copy the question. Fractions, powers and roots are forms of
-a number.
+Arithmetic has to be done. If the gold answer is a plain number, then a sum, difference or product
+earns nothing; otherwise a policy could just copy the question. Fractions, powers and roots are
+forms of a number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
@@ -103,7 +103,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return the text after "#### ": of the last line that has a value there, else of the last."""
+    """Return what follows "#### " on the last such line with a value; if none has, on the last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])

@@ -86,8 +86,9 @@ def sample_batch(author, tokenizer, problems, reward, config):
     `Batch` of N = B * G completions, their texts, and numbers for the log: reward, length and
     truncated, means over completions; zero_var, the share of groups whose advantages are all 0;
     tok_s, sampled tokens per second; t_sample and t_reward, in seconds; with a learned reward also
-    right, the mean of the rule, and agree, how often both say the same. mask_truncated changes the
-    weights only: truncated completions still count in the mean of their group.
+    `right`, the mean reward by the rule, and `agree`, how often model and rule agree.
+    mask_truncated changes the weights only: truncated completions still count in the mean of their
+    group.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -337,7 +338,8 @@ def evaluate_all(model, tokenizer, held_out, config):
 def renew_reward(reward, policy, tokenizer, problems, config, autocast):
     """Retrain the reward model on the samples of the previous iteration: line 12 of Algorithm 1.
 
-    Before the first iteration the policy writes the samples, and gives the model its weights.
+    Before the first iteration the policy writes the samples, and the reward model starts from the
+    policy's weights.
     """
     if not reward.replay:
         reward.body.load_state_dict(policy.base_model.state_dict())
