@@ -93,8 +93,8 @@ def sample_groups(
     """G completions for each of B prompts (B, P) -> Samples: ids, mask, log-probs (N, T), with T =
     max_new_tokens; truncated (N,), true where no EOS came. Only the arguments decide what is drawn.
     Each prompt goes through the model once; rows that have ended leave, once they are an eighth of
-    all; the model stays in its mode (train or eval). ValueError, whose text says "at least", for
-    group_size or max_new_tokens below 1, or temperature below 0.
+    those still there; the model stays in its mode (train or eval). ValueError, whose text says "at
+    least", for group_size or max_new_tokens below 1, or temperature below 0.
     """
     return grpo.sample_groups(
         model,
@@ -156,7 +156,9 @@ def check_model(model):
 
 
 def extract_answer(completion):
-    """str -> str or None: the last box, else the last <answer>, else the last line "#### "."""
+    """str -> str or None: the last box, else the last <answer>, else the last line "#### " that has
+    a value, else the last of these lines.
+    """
     return reward.extract_answer(completion)
 
 

@@ -10,9 +10,9 @@ points of a solution in these formats.
 
 Each function is graded alone: in a process of its own, in a new copy of this project with its
 tests, where only this function is the student's, with the helpers that it calls. So a mistake costs
-once, and tests that a student edits play no part. Full points if all tests pass that call the
-function; otherwise half of them times the share of tests that pass with all their cases. A process
-that ends early or takes too long earns nothing.
+once, and tests that a student edits play no part. A function earns full points if all tests that
+call it pass; otherwise half its points, times the share of tests that pass with all their cases. A
+process that ends early or takes too long earns nothing.
 
 Tests are run against each wrong version in a process and a copy of their own, too, and three times
 against the right version, where they must pass.

@@ -8,9 +8,9 @@
 Each of these takes --variant N, which renames constants and options: last year's solution fails.
 
 A blank function keeps its signature and docstring, and raises NotImplementedError; helpers that
-nothing else uses go. README.md becomes the hand-out (handout.md). Then the tests run, here and
-there: those that are skipped there must be just those that call a blank function here. Tests that
-hold solutions stay behind, and those of the README.
+nothing else uses are removed. README.md becomes the hand-out (handout.md). Tests that hold
+solutions, and those of the README, are left out. Then the tests of these functions run in both
+folders: those skipped in the fork must be exactly those that call a blank function.
 """
 
 import argparse
@@ -149,7 +149,10 @@ def write_handout(folder, parts, variant):
     for number, part in enumerate(parts, 1):
         module, _, name = part.partition(".")
         points, minutes, tests, task = PARTS[part]
-        file = "not here" if module == "train" else f"test_{tests.partition(' ')[0]}.py"
+        file, _, words = tests.partition(" ")
+        file = (
+            "not here" if module == "train" else f"test_{file}.py" + f" -k '{words}'" * bool(words)
+        )
         rows.append(
             f"| {number} | `{name}` | {module}.py | {task} | {file} | {points} | {minutes} |"
         )
@@ -206,7 +209,8 @@ def main(argv):
         return write_bug(args.folder, args.bug, args.variant)
     copy_project(args.folder, args.variant, STAY)
     write_blanks(args.folder, [part.partition(".")[2] for part in args.parts])
-    write_handout(args.folder, args.parts, args.variant)
+    if args.parts:
+        write_handout(args.folder, args.parts, args.variant)
     check(args.folder.resolve(), args.parts, args.variant)
 
 

@@ -46,7 +46,7 @@ def test_a_short_assignment_has_no_hints_on_other_functions(tmp_path):
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "`sample_groups` and `token_logprobs` use a cache" in text
     assert "`extract_answer`" not in text and "`sample_batch`" not in text
-    assert "tests/adapters.py" in text and "Together 15 points" in text
+    assert "tests/adapters.py" in text and "15 points in all" in text
 
 
 def test_none_writes_the_solution(tmp_path):
@@ -71,7 +71,7 @@ def test_exactly_the_tests_of_a_blank_function_are_skipped(tmp_path, capsys):
     assert "skipped there: those that call a blank function" in capsys.readouterr().out
     assert not {path.name for path in (course / "tests").iterdir()} & set(STAY)
     handout = (course / "README.md").read_text(encoding="utf-8")
-    assert "| 1 | `kl_estimate` | grpo.py |" in handout and "Together 12 points" in handout
+    assert "| 1 | `kl_estimate` | grpo.py |" in handout and "12 points in all" in handout
 
 
 @pytest.mark.parametrize("variant", range(1, len(VARIANTS)))

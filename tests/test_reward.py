@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import runpy
 import time
 from fractions import Fraction
 from pathlib import Path
@@ -469,23 +468,31 @@ def test_a_reward_of_ones_own_is_loaded_and_asked(tmp_path):
     assert adapters.load_reward("") is reward.accuracy_rewards
 
 
-def test_the_ten_lines_of_the_readme_train_with_trl(tmp_path, monkeypatch):
-    """With a small model and a few problems of our own in place of those of the hub."""
+def test_trl_takes_our_reward(tmp_path):
+    """One step of its trainer, with a small model: it asks accuracy_rewards about our problems."""
     trl = pytest.importorskip("trl")
     datasets = pytest.importorskip("datasets")
-    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-    code = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    small = "max_completion_length=8, max_steps=1, use_cpu=True, bf16=False, report_to='none'"
-    code = code.replace(
-        "max_completion_length=512", small + ", logging_steps=1, save_strategy='no'"
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{n}+1?"}], "answer": str(n + 1)}
+        for n in range(16)
+    ]
+    settings = trl.GRPOConfig(
+        output_dir=str(tmp_path / "trl"),
+        max_completion_length=8,
+        max_steps=1,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
     )
-    code = code.replace("runs/trl", str(tmp_path / "trl"))
-    code = code.replace("Qwen/Qwen2.5-0.5B-Instruct", str(make_chat_model(tmp_path / "model")))
-    (tmp_path / "ten_lines.py").write_text(code)
-    rows = [{"question": f"{n}+1?", "answer": f"So\n#### {n + 1}"} for n in range(16)]
-    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
-    trainer = runpy.run_path(str(tmp_path / "ten_lines.py"))["trainer"]
-    assert isinstance(trainer, trl.GRPOTrainer)
+    trainer = trl.GRPOTrainer(
+        model=str(make_chat_model(tmp_path / "model")),
+        reward_funcs=accuracy_rewards,
+        train_dataset=datasets.Dataset.from_list(rows),
+        args=settings,
+    )
+    trainer.train()
     assert trainer.state.global_step == 1
     assert 0 <= trainer.state.log_history[0]["rewards/accuracy_rewards/mean"] <= 1
 
