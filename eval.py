@@ -582,6 +582,9 @@ def pick_device(name, threads=None, precision="auto"):
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
+    # TRAP: with a mask, cuDNN's attention has given nan gradients on an H100 (pytorch #196678), and
+    # it makes a plan for every new length. No test here: it needs such a GPU.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     bf16 = precision == "bf16"
     if precision == "auto":
         bf16 = cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -615,11 +618,14 @@ def load_model(name, device):
             raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
-        if max(tokenizer.get_vocab().values()) >= len(model.get_input_embeddings().weight):
+        # Added tokens that no prompt has, such as Gemma's for images, need no row in the model.
+        ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+        ids |= {tokenizer.pad_token_id, *build_prompt(tokenizer, Problem("1+1", ""))}
+        ids |= eos_token_ids(model, tokenizer)  # a template may refuse answers
+        if max(ids) >= len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than the model")
         model = model.to(device).eval()
         check_model(model)
-        eos_token_ids(model, tokenizer)  # a template may refuse answers
     except Exception as error:  # a broken folder or an unknown architecture may fail in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -632,6 +638,8 @@ def check_tokenizer(tokenizer):
     """Raise ValueError if prompts cannot be made with a tokenizer; give it a pad token."""
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
         raise ValueError("its tokenizer is missing, or has no EOS token to end a completion")
+    if not tokenizer.is_fast:
+        raise ValueError("its tokenizer is a slow one, which cannot tell where steps end")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # masks go by position
     one, two = (build_prompt(tokenizer, Problem(question, "")) for question in ("1+1", "2+2"))
     text = question = "What is 1+1?\nWrite 2."

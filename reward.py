@@ -260,16 +260,17 @@ class LearnedReward(torch.nn.Module):
     starts from the policy and learns from the rule.
     """
 
-    def __init__(self, policy, tokenizer, lr, size, steps=False):
+    def __init__(self, policy, tokenizer, lr, size, steps=False, bf16=False):
         """Copy the policy's body. lr: learning rate of a fit. size: new texts per fit.
 
-        steps: whether it learns to judge steps, too.
+        steps: whether it learns to judge steps, too. bf16: the body computes in bf16.
         """
         super().__init__()
         self.tokenizer = tokenizer
         self.lr = lr
         self.size = size
         self.steps = steps
+        self.bf16 = bf16
         self.fresh = []  # texts of the next fit: (prompt, completion, answer)
         self.replay = []  # texts of earlier fits
         self.body = copy.deepcopy(policy.base_model)
@@ -303,7 +304,11 @@ class LearnedReward(torch.nn.Module):
             return_offsets_mapping=True,
         )
         ids = torch.tensor(batch.input_ids, device=self.body.device)  # (n, S)
-        states = self.body(input_ids=ids, use_cache=False).last_hidden_state  # (n, S, D)
+        # TRAP: within one autocast, weights are cast once. Around a whole fit, all its steps would
+        # see the weights from before (test_each_step_of_a_fit_sees_the_one_before).
+        with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
+            states = self.body(input_ids=ids, use_cache=False).last_hidden_state  # (n, S, D)
+        states = states.to(self.head.weight.dtype)
         at_ends = []
         for row, (_, _, ends) in enumerate(rows):
             spans = batch.offset_mapping[row]

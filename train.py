@@ -278,7 +278,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
                 if reference:
                     reference.load_state_dict(pi_old.state_dict())  # line 3
                 if isinstance(reward, LearnedReward):  # line 12, and before the first iteration
-                    renew_reward(reward, pi_old, tokenizer, problems, config, autocast)
+                    renew_reward(reward, pi_old, tokenizer, problems, config)
 
             questions = list(itertools.islice(deck, config.questions))  # line 5
             author = reference if config.sample_from == "reference" else pi_old
@@ -335,7 +335,7 @@ def evaluate_all(model, tokenizer, held_out, config):
     return scores
 
 
-def renew_reward(reward, policy, tokenizer, problems, config, autocast):
+def renew_reward(reward, policy, tokenizer, problems, config):
     """Retrain the reward model on the samples of the previous iteration: line 12 of Algorithm 1.
 
     Before the first iteration the policy writes the samples, and the reward model starts from the
@@ -346,8 +346,7 @@ def renew_reward(reward, policy, tokenizer, problems, config, autocast):
         while len(reward.fresh) < reward.size:
             questions = random.sample(problems, min(len(problems), config.questions))
             sample_batch(policy, tokenizer, questions, reward, config)  # reward keeps the texts
-    with autocast:
-        reward.renew()
+    reward.renew()
 
 
 # --- 3. The supervised warm-up ------------------------------------------------------------------
@@ -421,7 +420,10 @@ def step_ends(tokenizer, ids, ends):
     reached = 0
     lengths = []  # of the text up to and including each token
     for token in ids:  # a character of several tokens comes with its last one
-        reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
+        try:
+            reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
+        except Exception:  # half a character, then another: the stream has lost its place
+            stream = DecodeStream(skip_special_tokens=True)
         lengths.append(reached)
     return [min(bisect.bisect_left(lengths, end), len(ids) - 1) for end in ends]
 
@@ -758,12 +760,11 @@ def main(argv):
     else:
         policy, tokenizer = make_tiny_model(config.seed, device)
     problems, worked, held_out = gather_problems(config, policy, tokenizer)
-    if (learned or config.supervision == "process") and not tokenizer.is_fast:
-        raise InputError(f"{config.model} has a slow tokenizer, which cannot tell where steps end")
     if learned:
         steps = config.supervision == "process"
         set_seed(config.seed)  # its head is random
-        reward = LearnedReward(policy, tokenizer, config.reward_lr, config.reward_size, steps)
+        settings = (config.reward_lr, config.reward_size, steps, bf16)
+        reward = LearnedReward(policy, tokenizer, *settings)
     conditions = versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),

@@ -295,6 +295,16 @@ def test_a_download_that_fails_says_what_to_do(name, inputs, tmp_path, monkeypat
     silent.close()
 
 
+def test_an_added_token_that_no_prompt_has_needs_no_row(tmp_path):
+    """Gemma 3 has one for images, and one row less."""
+    folder = make_chat_model(tmp_path / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens("<image>", special_tokens=True)
+    tokenizer.save_pretrained(folder)
+    model, tokenizer = evaluation.load_model(str(folder), torch.device("cpu"))
+    assert len(tokenizer) == len(model.get_input_embeddings().weight) + 1
+
+
 def test_nothing_that_a_model_or_a_file_says_is_run():
     """No eval, exec or compile, no pickle, no shell, no code of the hub; torch.load of weights."""
     modules = {"pickle", "dill", "joblib", "shelve", "marshal"}

@@ -1,6 +1,7 @@
 """Rewards of steps, and the learned reward model of Algorithm 1."""
 
 import contextlib
+import copy
 import random
 import time
 
@@ -33,9 +34,9 @@ def settings(*flags):
     return train.parse_config([*FLAGS.split(), *" ".join(flags).split()])
 
 
-def learned(policy, tokenizer, lr=1e-3, steps=False, kind=LearnedReward):
+def learned(policy, tokenizer, lr=1e-3, steps=False, kind=LearnedReward, bf16=False):
     torch.manual_seed(0)  # for the head
-    return kind(policy, tokenizer, lr, 30, steps)
+    return kind(policy, tokenizer, lr, 30, steps, bf16)
 
 
 @pytest.fixture
@@ -94,6 +95,10 @@ def test_bytes_that_hide_what_stands_before_them_do_not_move_the_end():
     ids = tokenizer(text, add_special_tokens=False).input_ids
     assert tokenizer.decode(ids) == text and "4" not in tokenizer.decode(ids[5:-1])
     assert train.step_ends(tokenizer, ids, [5, 6, len(text)]) == [4, 7, len(ids) - 1]
+    # Half a character between others, which the decoder's stream refuses, is passed over.
+    ids = tokenizer("2+2=4\n5", add_special_tokens=False).input_ids
+    half = tokenizer.convert_tokens_to_ids(["<0x0A>", "<0xF0>"])
+    assert train.step_ends(tokenizer, [*ids[:5], *half, *ids[6:]], [5]) == [4]
 
 
 def test_each_step_earns_what_it_deserves_at_the_token_that_ends_it(tiny):
@@ -203,6 +208,22 @@ def test_a_fit_equals_a_naive_loop(tiny):
     assert max(norms) > 1
     for a, b in zip(judges[0].parameters(), naive.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+class Checked(LearnedReward):
+    """Compare all logits with those of a copy, whose weights nothing can have cast before."""
+
+    def logits(self, rows):
+        logits = super().logits(rows)
+        torch.testing.assert_close(logits, LearnedReward.logits(copy.deepcopy(self), rows))
+        return logits
+
+
+def test_each_step_of_a_fit_sees_the_one_before(tiny):
+    judge = learned(*tiny, lr=0.01, kind=Checked, bf16=True)
+    judge.fresh = judge.replay = [(f"{i}", f"\\boxed{{{i}}}", "5") for i in range(10)]
+    train.renew_reward(judge, None, None, None, None)
+    assert len(judge.replay) == 20
 
 
 def test_it_learns_to_judge(tiny):
