@@ -583,7 +583,7 @@ def pick_device(name, threads=None, precision="auto"):
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
     # TRAP: with a mask, cuDNN's attention has given nan gradients on an H100 (pytorch #196678), and
-    # it makes a plan for every new length. No test here: it needs such a GPU.
+    # it makes a plan for every new length (test_attention_of_cudnn_is_off).
     torch.backends.cuda.enable_cudnn_sdp(False)
     bf16 = precision == "bf16"
     if precision == "auto":

@@ -447,3 +447,9 @@ def test_a_thought_that_the_prompt_opened(tmp_path):
         *_, texts = evaluation.sample_problems(model, tokenizer, asked, 2, 6, 0.0)
         assert all(text.endswith("<think>") == bool(opened) for text in texts)
     assert extract_answer(r"\boxed{2} and so<think>") is None
+
+
+def test_attention_of_cudnn_is_off():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    evaluation.pick_device("cpu")
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
