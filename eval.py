@@ -620,12 +620,13 @@ def load_model(name, device):
             raise ValueError("weights are missing; was it saved as a causal language model?")
         # Added tokens that no prompt has, such as Gemma's for images, need no row in the model.
         ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
-        ids |= {tokenizer.pad_token_id, *build_prompt(tokenizer, Problem("1+1", ""))}
-        ids |= eos_token_ids(model, tokenizer)  # a template may refuse answers
+        ids |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
+        ids |= {*build_prompt(tokenizer, Problem("1+1", ""))}
         if max(ids) >= len(model.get_input_embeddings().weight):
             raise ValueError("its tokenizer has more tokens than the model")
         model = model.to(device).eval()
         check_model(model)
+        eos_token_ids(model, tokenizer)  # a template may refuse answers
     except Exception as error:  # a broken folder or an unknown architecture may fail in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
