@@ -453,3 +453,22 @@ def test_attention_of_cudnn_is_off():
     torch.backends.cuda.enable_cudnn_sdp(True)
     evaluation.pick_device("cpu")
     assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_a_gpu_that_only_emulates_bf16_computes_in_float32(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation
+    )
+    try:
+        assert evaluation.pick_device("auto") == (torch.device("cuda"), False)
+        assert evaluation.pick_device("auto", precision="bf16") == (torch.device("cuda"), True)
+    finally:
+        evaluation.pick_device("cpu")  # sums in a fixed order again
+
+
+def test_a_slow_tokenizer_is_refused():
+    tokenizer = Mock(is_fast=False, eos_token_id=1)
+    tokenizer.return_value.input_ids = [2]
+    with pytest.raises(ValueError, match="a slow one"):
+        evaluation.check_tokenizer(tokenizer)
