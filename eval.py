@@ -180,9 +180,10 @@ def evaluate(
     """Measure a model on problems: a greedy completion and K = `samples` samples of each.
 
     Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
-    and pass@k for k = 1, 2, 4 ... K, with their intervals; the shares flexible (the last number is
-    right), truncated and unparsable. records: a dict per completion. measures: a list for each of
-    greedy, sampled, maj@k and pass@k, with one number per problem. Raises FloatingPointError if the
+    and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for greedy and sampled each, the
+    shares flexible (the last number is right), truncated and unparsable. records: for greedy and
+    sampled each, a list with a dict per completion. measures: for greedy, sampled, maj@k and pass@k
+    each, a list with a number per problem. Raises FloatingPointError if the
     log-probs of the model are inf or nan.
     """
     scores = {"n": len(problems)}
@@ -411,7 +412,7 @@ def load_problems(name, split, request=None):
 
     Raises InputError if there is no such set or file.
     """
-    key = f"{name} {split}".replace("math500", "math")  # math500 is the test set of math
+    key = f"{name} {split}"
     if key in DOWNLOADS:
         kind = "json" if name == "svamp" else "jsonl"
         path = fetch(*DOWNLOADS[key], f"{key.replace(' ', '-')}.{kind}")
@@ -423,7 +424,7 @@ def load_problems(name, split, request=None):
     else:
         known = ", ".join(DOWNLOADS)
         raise InputError(
-            f"no {name} {split}: take a file, {known}, or arithmetic in, out, sft, train"
+            f"no {name} {split}: use a file, {known}, or arithmetic in, out, sft, train"
         )
     if request is None:
         request = REQUESTS.get(name, MATH_REQUEST)
@@ -472,7 +473,7 @@ def write_sum(numbers):
 
 
 def fetch(url, sha256, name):
-    """Return the path of a file in the user's cache, downloaded on first use, or InputError."""
+    """Return the path of a file in the user's cache, downloaded on first use. Raises InputError."""
     path = Path(torch.hub.get_dir()) / "minimal-grpo" / name  # below ~/.cache
     try:
         if not path.exists():  # the download gets its name only when its checksum is right
@@ -502,7 +503,7 @@ def read_problems(path):
     if len(unusable) == len(problems):
         raise InputError(f"{path} is empty or has no answers: each line needs both")
     if unusable:
-        print(f"{path}: {len(unusable)} answers cannot be used, first in lines {unusable[:9]}")
+        print(f"{path}: {len(unusable)} answers can never be met, first in lines {unusable[:9]}")
     return problems
 
 
@@ -558,10 +559,10 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
         return prompt + len(tokenizer(problem.solution, add_special_tokens=False).input_ids) + 1
 
     kept = [problem for problem in problems if length(problem) <= (positions or math.inf)]
-    behind = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
-    limit = f"the {positions} tokens of the context, with {behind}"
+    added = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
+    limit = f"the {positions} tokens of the context, with {added}"
     if not kept:
-        raise InputError(f"no prompt fits into {limit}: lower it")
+        raise InputError(f"no question fits into {limit}: make these shorter")
     if len(kept) < len(problems):
         print(f"skipped {len(problems) - len(kept)} of {len(problems)} questions, over {limit}")
     return kept
@@ -578,7 +579,7 @@ def pick_device(name, threads=None, precision="auto"):
     """
     cuda = torch.cuda.is_available() and name != "cpu"
     if name == "cuda" and not cuda:
-        raise InputError("--device cuda needs a GPU with CUDA: take cpu")
+        raise InputError("--device cuda needs a GPU with CUDA: use cpu")
     if threads:
         torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
@@ -652,7 +653,7 @@ def check_tokenizer(tokenizer):
 
 
 def save_model(model, tokenizer, folder):
-    """Write a folder for from_pretrained, without the sampling settings of another model.
+    """Write a folder for from_pretrained, without the sampling settings that it came with.
 
     Raises OSError.
     """
@@ -691,7 +692,7 @@ def opt(default, text):
 @dataclass
 class Options:
     model: str = opt("", "folder (a run of train.py, say) or hub name")
-    problems: str = opt("", "as in train.py, or math500, cmath, mgsm_zh (empty: those of the run)")
+    problems: str = opt("", "as in train.py, or cmath, mgsm_zh (empty: those of the run)")
     split: str = opt("", "arithmetic: in, out, train, sft; others: test, train; not for a file")
     limit: int = opt(0, "take only the first LIMIT problems; 0: all")
     samples: int = opt(8, "samples per problem, besides the greedy one")
@@ -750,7 +751,7 @@ def check_bounds(options, bounds):
 
 
 def run_cli(main):
-    """Run a main function; what a user can mend is one line on stderr and exit status 1."""
+    """Run a main function. Errors that a user can mend become one line on stderr and status 1."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its reports would hide ours
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character
@@ -807,7 +808,7 @@ def main(argv):
     if options.request is None:
         options.request = REQUESTS.get(name, MATH_REQUEST)
     if not (name or options.ask):
-        raise InputError(f"--problems or --ask is required: {options.model} is no run of train.py")
+        raise InputError(f"--problems or --ask is required, as {options.model} is not a run")
     moment = time.strftime("%Y%m%d-%H%M%S")
     out = Path(options.out or f"runs/eval-{Path(name).stem}-{moment}.json")
     if out.exists() and not options.ask:
@@ -856,7 +857,7 @@ def report(options, problems, out):
         "records": records,
     }
     write_whole(out, lambda part: part.write_text(json.dumps(result)))
-    print(f"all of it has been written to {out}")
+    print(f"all results: {out}")
 
 
 if __name__ == "__main__":

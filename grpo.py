@@ -19,15 +19,15 @@ gives to token o_t after question q and the tokens before. EOS is the token that
     G, epsilon, beta: group_size, clip_low and clip_high, kl_beta
 
 Rows are question-major: rows 0 ... G-1 are the group of question 0, and x.view(B, G) gives the
-groups back. P and T are the longest prompt and completion, K is the largest number of steps in any
-completion, V the size of the vocabulary, D that of a hidden state. A part of a batch has n rows and
-t columns; M is the number of its tokens that count. `mask` is true up to and including the first
-EOS; `weights` say how much a token counts in the loss.
+groups back. P is the longest prompt, T the limit max_new_tokens, K the largest number of steps in
+any completion, V the size of the vocabulary, D that of a hidden state. A part of a batch has n rows
+and t columns; M is the number of its tokens that count. `mask` is true up to and including the
+first EOS; `weights` say how much a token counts in the loss.
 
 Choices that the paper leaves open: the standard deviation is that of a sample (divisor G - 1),
 with STD_EPSILON added; epsilon is 0.2; log-probs are those of the distribution that was sampled
 from, softmax(logits / temperature). Comments marked PAPER say where the code departs from the
-paper. Those marked TRAP say what else can go wrong silently, and which test notices.
+paper. Those marked TRAP say what can go wrong silently, and which test notices.
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
 skipped: 6. a check of models, 7. a faster cache.
@@ -56,8 +56,8 @@ def outcome_advantages(rewards, scale="std"):
 
     rewards: (B, G). Returns advantages (B, G), each valid for all tokens of its completion. The
     group's mean stands in for the value model of PPO, a second network that predicts the reward.
-    scale="none" leaves the division out: a small std makes the advantages of nearly solved and
-    nearly hopeless questions large (Dr. GRPO, arXiv 2503.20783). Raises ValueError for any
+    scale="none" leaves the division out, because a small std inflates the advantages of nearly
+    solved and nearly hopeless questions (Dr. GRPO, arXiv 2503.20783). Raises ValueError for any
     other scale, and for a group of one, which has nothing to compare with.
 
     [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (a bit less, due to STD_EPSILON)
@@ -73,8 +73,8 @@ def outcome_advantages(rewards, scale="std"):
     mean = r.mean(dim=1, keepdim=True)  # (B, 1)
     std = r.std(dim=1, keepdim=True)  # (B, 1)
     advantages = r - mean if scale == "none" else (r - mean) / (std + STD_EPSILON)
-    # TRAP: rewards that differ by float noise alone must count as equal. Divided by their own tiny
-    # std they would be of order 1 (test_equal_rewards_give_exactly_zero).
+    # TRAP: rewards that differ by float noise alone must count as equal, or the policy learns the
+    # noise (test_equal_rewards_give_exactly_zero).
     equal = r.amax(dim=1, keepdim=True) - r.amin(dim=1, keepdim=True) < EQUAL_REWARDS  # (B, 1)
     dtype = torch.promote_types(rewards.dtype, torch.float32)
     return advantages.masked_fill(equal, 0.0).to(dtype)
@@ -112,8 +112,8 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
 # and all but SFT go through `grpo_loss`. They differ in who wrote the completions, and in GC, the
 # gradient coefficient of a token:
 #   SFT          people or a program     1                     warm_up of train.py
-#   RFT          the reference (SFT)     1 if right, else 0    those below + --sample-from reference
 #   Online RFT   the policy              1 if right, else 0    --advantage indicator --kl-beta 0
+#   RFT          the reference (SFT)     1 if right, else 0    the same with --sample-from reference
 #   GRPO         the policy, in groups   A_hat + beta * (pi_ref/pi - 1): eq. 21, where pi_old = pi
 
 
@@ -155,7 +155,7 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
 
     sequence   1/N * 1/|o_i|               eq. 3: the mean over a completion, then over completions
     token      1 / tokens of the batch     DAPO, arXiv 2503.14476: all tokens weigh the same
-    constant   1/N * 1/max_new_tokens      Dr. GRPO: nothing gained by being short
+    constant   1/N * 1/max_new_tokens      Dr. GRPO: the same at any length
 
     N counts the rows that have a token, so rows that the caller masks out are not in the mean.
     Raises ValueError for any other aggregate, and for "constant" without max_new_tokens.
@@ -290,8 +290,8 @@ def sample_groups(
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
-    times. Then each forward pass takes one new token per row. Rows that have ended are dropped,
-    as soon as they are an eighth of those that are left.
+    times. Then each forward pass takes one new token per row. Rows that have ended are dropped
+    once they are an eighth of those still held.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.
@@ -406,8 +406,8 @@ def token_logprobs(
     logits would be by far the largest tensor, so only the tokens that count reach the vocabulary
     head, a chunk at a time.
     """
-    # TRAP: samples drawn at temperature 0.7 and scored at 1 come from a different policy than the
-    # one scored (test_rescored_logprobs_equal_the_samplers).
+    # TRAP: score at the temperature of the sampling. At any other it is another policy
+    # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
     N = len(completion_ids)
@@ -505,7 +505,7 @@ def check_model(model):
     attention = {"full_attention", "sliding_attention", "chunked_attention"}
     kinds = getattr(model.config.get_text_config(), "layer_types", None) or attention
     if model._is_stateful or not attention.issuperset(kinds):
-        raise ValueError("it keeps a state that is no cache of keys and values")
+        raise ValueError("it keeps state other than a cache of keys and values")
 
     head = model.get_output_embeddings()
     ids = torch.tensor([[1, 1, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)

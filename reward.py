@@ -2,7 +2,7 @@ r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learn
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
-same text as the gold answer. No text of a model is ever run as code, and the size of every text and
+same text as the gold answer. No model output is ever run as code, and the size of every text and
 number is bounded. To follow the default run, read section 1; section 4 is how the grader works.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
@@ -25,7 +25,8 @@ forms of a number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
-Letters are positive numbers (but for e, i and \pi), and several in a row are a product: 2ab is 2ba.
+Letters stand for positive numbers (but for e, i and \pi). Several in a row are a
+product: 2ab is 2ba.
 >>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("5 red balls", "5")
 (True, False)
 
@@ -171,7 +172,7 @@ def load_reward(name):
     try:
         loaded = runpy.run_path(path)[function]
         if not callable(loaded):
-            raise TypeError(f"{function} is no function")
+            raise TypeError(f"{function} is not a function")
         return loaded
     except (Exception, SystemExit) as error:  # a user's file may fail in any way
         message = f"--reward {name}: {error!r}; want FILE.py:FUNCTION, see accuracy_rewards"
@@ -202,10 +203,9 @@ def ask_reward(reward, prompts, completions, answer):
 def step_rewards(completion):
     r"""Return 1.0 or 0.0 for each step that can be checked: a list of (end, reward).
 
-    A step is a line or sentence with a calculation and its result; its end is in characters. It
-    earns 1.0 if all of its equations hold, up to rounding to the decimals shown. In an experiment
-    such a rule found a slip in 4.6% of the wrong solutions of GSM8K, with 94% precision. Process
-    supervision pays per right step, and a policy can farm that with 1+1=2.
+    A step is a line or sentence with a calculation and its result; its end is an offset in
+    characters. It earns 1.0 if all of its equations hold, up to rounding to the decimals shown.
+    Process supervision pays per right step, and a policy can farm that with 1+1=2.
 
     >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
     [(17, 1.0), (35, 1.0), (47, 0.0)]
@@ -219,8 +219,8 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80, 4 remainder 3, 3:30, 1,2, \frac{1}{2} (4 + 6). They become %,
-        # where the text is cut.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). What is odd about
+        # them becomes %, where the text is cut.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
@@ -285,7 +285,7 @@ class LearnedReward(torch.nn.Module):
 
     @torch.no_grad()
     def judge(self, prompts, completions, ends, size=32):
-        """Return the probability of "right" at each end, in characters, of each completion."""
+        """Return the probability of "right" at each end, a character offset, of each completion."""
         rows = list(zip(prompts, completions, ends, strict=True))
         chunks = [self.logits(rows[i : i + size]) for i in range(0, len(rows), size)]
         right = torch.cat(chunks).sigmoid().split([len(places) for places in ends])
@@ -304,8 +304,8 @@ class LearnedReward(torch.nn.Module):
             return_offsets_mapping=True,
         )
         ids = torch.tensor(batch.input_ids, device=self.body.device)  # (n, S)
-        # TRAP: within one autocast, weights are cast once. Around a whole fit, all its steps would
-        # see the weights from before (test_each_step_of_a_fit_sees_the_one_before).
+        # TRAP: within one autocast, weights are cast once. With one around the whole fit, each step
+        # would use the first weights (test_each_step_of_a_fit_sees_the_one_before).
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=self.bf16):
             states = self.body(input_ids=ids, use_cache=False).last_hidden_state  # (n, S, D)
         states = states.to(self.head.weight.dtype)
@@ -317,7 +317,7 @@ class LearnedReward(torch.nn.Module):
         return self.head(torch.cat(at_ends)).squeeze(1)
 
     def frame(self, prompt):
-        """Write a question as the policy sees it, without the request that follows it."""
+        """Put a question into the chat template, as for the policy, but without a request."""
         if not self.tokenizer.chat_template:
             return prompt + "\n"
         turns = [{"role": "user", "content": prompt}]
@@ -369,7 +369,7 @@ def _last_token(spans, end):
 
 # --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
 
-# Read it from the bottom up, or in this order. `is_equivalent` cleans both texts (`clean`): other
+# Read it from the bottom up. `is_equivalent` cleans both texts (`clean`): other
 # spellings of the same thing become one. `_same_answer` strips names, `_same` takes lists,
 # intervals and the like apart, `_same_value` strips units. What is left is an expression.
 # Python's own parser makes a tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate`
@@ -632,7 +632,7 @@ def _to_python(text):
 
 
 def _evaluate(node, point, depth=0):
-    """Compute a tree. point (0, 1 or 2): selects values between 2 and 3 for the letters."""
+    """Evaluate a tree. point (0, 1 or 2): selects values between 2 and 3 for the letters."""
     if depth > MAX_DEPTH:
         raise ValueError("too deep")
 
@@ -817,7 +817,7 @@ def _same_value(a, b):
     if len(sides) == len(gold_sides) == 2:
         return _same_equation(sides, gold_sides)
     first, *others = [value_of(side) for side in (*sides, *gold_sides)]
-    for other in others:  # in 9+9 = 18, too, all sides must be equal
+    for other in others:  # all sides must be equal, also in 9+9 = 18
         if not first or not other or not all(map(_close, first, other)):
             return False
     # Arithmetic that was not done earns nothing: a policy would copy the question.

@@ -355,7 +355,7 @@ def renew_reward(reward, policy, tokenizer, problems, config):
 def warm_up(policy, tokenizer, worked, config, out, autocast):
     """Fine-tune on worked solutions (SFT) and save the model as out/sft.
 
-    PAPER: all tokens of a step weigh the same; table 10 averages over each solution first.
+    PAPER: all tokens of a batch weigh the same; table 10 averages over each solution first.
     """
     if not config.sft_steps:
         return
@@ -415,7 +415,7 @@ def rewards_of_steps(tokenizer, samples, questions, texts, outcomes, reward):
 
 
 def step_ends(tokenizer, ids, ends):
-    """Return the token that contains each end. ends: characters of the text that ids decode to."""
+    """Return the token that contains each end. ends: character offsets in the decoded text."""
     stream = DecodeStream(skip_special_tokens=True)
     reached = 0
     lengths = []  # of the text up to and including each token
@@ -439,7 +439,7 @@ class Config:
     reward: str = opt(
         "", "FILE.py:FUNCTION, or model: a network that learns the rule; empty: the rule"
     )
-    request: str | None = opt(None, "what follows each question; none: the usual of the problems")
+    request: str | None = opt(None, "what follows each question; not given: the usual one")
     out: str = opt("", "folder of the run; empty: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to continue; only micro-tokens and rows-at-once may change")
     save_every: int = opt(25, "steps between checkpoints; 0: one at the end, or when stopped")
@@ -464,12 +464,12 @@ class Config:
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)")
     scale_rewards: Literal["std", "none"] = opt("std", "by the group's std (Dr. GRPO: none)")
     aggregate: Literal["sequence", "token", "constant"] = opt(
-        "sequence", "how tokens weigh: paper: sequence, DAPO: token, Dr. GRPO: constant"
+        "sequence", "the weight of a token (paper: sequence, DAPO: token, Dr. GRPO: constant)"
     )
     mask_truncated: bool = opt(False, "leave completions that hit the limit out of the loss")
     supervision: Literal["outcome", "process"] = opt("outcome", "process: reward steps, too")
-    advantage: Literal["group", "indicator"] = opt("group", "indicator: the bare reward, for RFT")
-    sample_from: Literal["policy", "reference"] = opt("policy", "who writes; reference: for RFT")
+    advantage: Literal["group", "indicator"] = opt("group", "indicator: the bare reward")
+    sample_from: Literal["policy", "reference"] = opt("policy", "the model that samples")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)")
     reward_size: int = opt(2048, "new completions that it is fitted to before each iteration")
     # Optimizer
@@ -493,7 +493,7 @@ class Config:
         check_bounds(self, BOUNDS)
         if self.supervision == "process" and self.advantage == "indicator":
             raise InputError(
-                "--advantage indicator knows no steps: leave out --supervision process"
+                "--advantage indicator has no rewards of steps: leave out --supervision process"
             )
 
 
@@ -723,7 +723,7 @@ def catch_signals():
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; again: at once, without saving\n")
-        for stream in (1, 2):  # the same Ctrl-C may have ended `2>&1 | tee log`, their reader
+        for stream in (1, 2):  # print no more: Ctrl-C may have ended the `tee log` that reads us
             os.dup2(nowhere, stream)
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -732,7 +732,7 @@ def catch_signals():
     try:
         yield caught
     finally:
-        os.dup2(stderr, 2)  # for the hint on how to go on
+        os.dup2(stderr, 2)  # for the hint on how to resume
         os.close(stderr)
         os.close(nowhere)
         for number, handler in before.items():
@@ -748,7 +748,7 @@ def main(argv):
     if config.resume:
         lock = lock_run(out)
         if (out / "summary.json").exists():
-            print(f"{out} has finished, and there is nothing to go on with")
+            print(f"{out} has finished: there is nothing to resume")
             return
     learned = config.reward == "model"
     reward = None if learned else load_reward(config.reward)  # its errors show now
@@ -774,7 +774,7 @@ def main(argv):
         for name, before in read_run(out, "conditions").items():
             if before != conditions.get(name):
                 now = f"{name} is {conditions.get(name)!r} now, and was {before!r}"
-                print(f"the run goes on, but not to the bit: {now}")
+                print(f"resuming, but not bit for bit: {now}")
     else:  # the input has been checked by now
         out.mkdir(parents=True, exist_ok=True)
         run = {"command": ["train.py", *argv], "config": vars(config), "conditions": conditions}
@@ -790,7 +790,7 @@ def main(argv):
         diverged = isinstance(error, FloatingPointError)  # it would do so again
         if (out / "checkpoint.pt").exists() and not diverged:
             with contextlib.suppress(OSError):
-                print(f"\nto go on: python train.py --resume {out}", file=sys.stderr)
+                print(f"\nto resume: python train.py --resume {out}", file=sys.stderr)
         raise
     finally:
         lock.close()

@@ -21,7 +21,7 @@ import transformers
 from helpers import DEVICE, make_chat_model, tiny_model
 
 if DEVICE.type not in ("cpu", "cuda") or DEVICE.type == "cuda" and not torch.cuda.is_available():
-    pytest.exit(f"TEST_DEVICE={DEVICE}: take cpu, or cuda with a GPU", returncode=1)
+    pytest.exit(f"TEST_DEVICE={DEVICE}: use cpu, or cuda with a GPU", returncode=1)
 transformers.utils.logging.disable_progress_bar()
 
 

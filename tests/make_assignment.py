@@ -49,7 +49,7 @@ def names_used(source):
     nodes = list(ast.walk(ast.parse(source)))
     names = {node.id for node in nodes if isinstance(node, ast.Name)}
     names |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    return names | {name.name for node in nodes for name in getattr(node, "names", []) if name}
+    return names | {node.name for node in nodes if isinstance(node, ast.alias)}
 
 
 def blank(source, names, elsewhere):

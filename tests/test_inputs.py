@@ -73,19 +73,19 @@ FLAGS = {  # arguments of train.py, and what the line says
     f"--seed {2**63}": f"--seed must be finite and at least 0, not {2**63}",
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1; see .* --help",
     "--device mps": "argument --device: invalid choice: '?mps'?",
-    "--device cuda": "--device cuda needs a GPU with CUDA: take cpu",
-    "--supervision process --advantage indicator": "--advantage indicator knows no steps",
+    "--device cuda": "--device cuda needs a GPU with CUDA: use cpu",
+    "--supervision process --advantage indicator": "--advantage indicator has no rewards of steps",
     "--out taken": "--out taken is a file or not empty",
     "--out plain.jsonl": "--out plain.jsonl is a file or not empty",
     "--model chat --problems plain.jsonl --questions 2 --out plain.jsonl/run": "Not a directory",
     "--reward wrong.py:length": "--reward wrong.py:length: SyntaxError",
-    "--reward number.py:length": "--reward number.py:length: TypeError.*length is no function",
+    "--reward number.py:length": "--reward number.py:length: TypeError.*length is not a function",
     "--reward quits.py:length": "--reward quits.py:length: SystemExit.*want FILE.py:FUNCTION",
     "--questions 20000": "--questions 20000 exceeds the 10000 problems",
     "--questions 100000000000": "--questions must be finite and at least 1 and at most 100000",
     "--resume typed": "in the run's run.json: argument --lr: invalid float value",
     "--problems gsm8k": "--problems gsm8k needs a --model",
-    "--model chat --problems plain.jsonl --eval-problems x": "no x test: take a file, gsm8k train",
+    "--model chat --problems plain.jsonl --eval-problems x": "no x test: use a file, gsm8k train",
     "--resume nowhere": "--resume nowhere: it has no run.json of this version",
     "--resume broken": "--resume broken: it has no run.json of this version",
     "--resume list": "--resume list: it has no run.json of this version",
@@ -97,7 +97,7 @@ PROBLEMS = {  # problems, given to train.py with a good model
     "blank.jsonl": "blank.jsonl is empty or has no answers",
     "unanswered.jsonl": "unanswered.jsonl is empty or has no answers",
     "one.jsonl": "one.jsonl is too small to hold some out",
-    "long.jsonl": "no prompt fits into the 1024 tokens of the context, with --max-new-tokens 512",
+    "long.jsonl": "no question fits into the 1024 tokens of the context, with --max-new-tokens 512",
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
 MODELS = {  # what is said, and of which models
@@ -112,12 +112,12 @@ MODELS = {  # what is said, and of which models
     "its tokenizer has more tokens than the model": "small",
     "weights are missing; was it saved as a causal language model?": "encoder headless",
     "its logits are not the vocabulary head of its last state": "cohere gemma2 encoding roberta",
-    "it keeps a state that is no cache of keys and values": "mamba hybrid",
+    "it keeps state other than a cache of keys and values": "mamba hybrid",
 }
 EVAL = {
     "": "--model is required; see .* --help",
-    "--model chat": "--problems or --ask is required: chat is no run of train.py",
-    "--model list": "--problems or --ask is required: list is no run of train.py",
+    "--model chat": "--problems or --ask is required, as chat is not a run",
+    "--model list": "--problems or --ask is required, as list is not a run",
     "--comp a b": "unrecognized arguments: --comp a b",
     "--compare a.json b.json": "two JSON files of eval.py: they are about different problems",
     "--compare run/run.json run/run.json": "--compare wants two JSON files of eval.py: 'questions'",
@@ -128,7 +128,7 @@ EVAL = {
     f"--model chat --problems arithmetic --seed {10**22}": "--seed must be finite",
     "--model chat --problems arithmetic --temperature 1e-45": "--temperature must be finite",
     "--model chat --problems arithmetic --out one.jsonl": "--out one.jsonl exists, and nothing is",
-    "--model chat --problems arithmetic --split test": "no arithmetic test: take a file,",
+    "--model chat --problems arithmetic --split test": "no arithmetic test: use a file,",
 }
 TABLE = [(train.main, flags, message) for flags, message in FLAGS.items()]
 TABLE += [(train.main, f"--model chat --problems {name}", text) for name, text in PROBLEMS.items()]

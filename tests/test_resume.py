@@ -186,7 +186,7 @@ def test_a_signal_ends_the_step_and_saves(straight, tmp_path):
         assert process.returncode == status, errors
         assert "Traceback" not in errors
         if stop == "15":
-            assert errors.endswith(f"\nto go on: python train.py --resume {run}\n")
+            assert errors.endswith(f"\nto resume: python train.py --resume {run}\n")
         assert saved_step(run) == 5
         train.main(["--resume", str(run)])
         assert end_of(run) == end_of(straight[1])

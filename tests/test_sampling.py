@@ -311,7 +311,7 @@ def test_models_with_another_state_are_refused_before_any_pass(name):
     model = make(name)
     for module in model.modules():
         module.register_forward_pre_hook(lambda *_: pytest.fail("a forward pass"))
-    with pytest.raises(ValueError, match="keeps a state"):
+    with pytest.raises(ValueError, match="keeps state"):
         adapters.check_model(model)
 
 
