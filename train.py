@@ -82,13 +82,13 @@ def sample_batch(author, tokenizer, problems, reward, config):
     """Sample, reward and compare: lines 7 to 9 of Algorithm 1, for B problems.
 
     author: the model that writes the completions. reward: a function of prompts, completions and
-    answer, each a list of N texts, that returns N numbers. Returns (batch, texts, stats): a
-    `Batch` of N = B * G completions, their texts, and numbers for the log: reward, length and
-    truncated, means over completions; zero_var, the share of groups whose advantages are all 0;
-    tok_s, sampled tokens per second; t_sample and t_reward, in seconds; with a learned reward also
-    `right`, the mean reward by the rule, and `agree`, how often model and rule agree.
-    mask_truncated changes the weights only: truncated completions still count in the mean of their
-    group.
+    answer, each a list of N texts, that returns N numbers, which are compared in float64. Returns
+    (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
+    the log: reward, length and truncated, means over completions; zero_var, the share of groups
+    whose advantages are all 0; tok_s, sampled tokens per second; t_sample and t_reward, in seconds;
+    with a learned reward also `right`, the mean reward by the rule, and `agree`, how often model
+    and rule agree. mask_truncated changes the weights only: truncated completions still count in
+    the mean of their group.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -167,11 +167,12 @@ def update(policy, optimizer, batch, config, lr, autocast):
     sampler's in batch.logp_old. They differ by rounding, most in bf16. RFT has no ratio, so with
     RFT every update replaces batch.logp_old.
 
-    autocast: the context in which the policy computes (bf16 on a GPU). Returns numbers for the
-    log. loss, kl, clip_share and grad_norm are means over the updates; entropy is that of the
-    first. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap, gap_999
-    and gap_max are the mean, the 99.9% quantile and the maximum, over the tokens, of the absolute
-    difference between the sampler's log-probs and those of the first update.
+    autocast: the context in which the policy computes (bf16 on a GPU). Returns these numbers for
+    the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, that of the first.
+    kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and gap_max are
+    the mean and the maximum, over the n tokens, of the absolute difference between the sampler's
+    log-probs and those of the first update; gap_999 is element int(0.999 n), from 0, of the sorted
+    ones.
     """
     stats = defaultdict(float)
     gaps = []

@@ -1,4 +1,4 @@
-"""What the tests call. For a course: blank the bodies in grpo.py, or point these lines elsewhere.
+"""What the tests call. To test other code, point these lines at it.
 
 Each docstring is the contract: arguments, shapes, what comes out, and the equation of DeepSeekMath
 (arXiv 2402.03300) that it has to be. B questions, G completions of each, N = B * G rows,

@@ -7,11 +7,18 @@ import shutil
 import grade
 import pytest
 from course import BLANK, PARTS, ROOT, SCRIPTS, VARIANTS, copy_project
-from grade import ALLOWED, FOR_TESTS, broken_rule, grade_part, imported_modules
+from grade import grade_part
 from make_assignment import functions, write_blanks
+from rules import ALLOWED, IMPORTS, broken_rule, copied_tests, imported_modules
 from test_mutants import MUTANTS, plant
 
 KL = "grpo.kl_estimate"
+
+
+@pytest.fixture(autouse=True)
+def one_right_run(monkeypatch):
+    """Each run takes a process with its imports, seconds."""
+    monkeypatch.setattr(grade, "RIGHT_RUNS", 1)
 
 
 @pytest.fixture
@@ -38,8 +45,8 @@ def test_points_add_up_to_100_and_each_part_has_tests():
 
 def test_a_right_solution_a_blank_and_a_mistake(solution, tmp_path):
     """The blank costs its own points only: grpo_loss, which calls it, is graded with ours."""
-    right = grade.grade(solution, parts=[KL, "reward.accuracy_reward"])
-    assert [points for points, _ in right.values()] == [5, 2]
+    right = grade.grade(solution, parts=["reward.accuracy_reward"])
+    assert [points for points, _ in right.values()] == [2]
     write_blanks(solution, ["kl_estimate"])
     assert grade_part(KL, solution, 0)[0] == 0
     assert grade_part("grpo.grpo_loss", solution, 0)[0] == 10
@@ -50,7 +57,7 @@ def test_a_right_solution_a_blank_and_a_mistake(solution, tmp_path):
 
 
 TRICKS = {
-    "while True:\n    pass": "took more than 8 seconds of a core",
+    "while True:\n    pass": "took more than 8 CPU seconds",
     "import time": "imports time",
     "raise SystemExit(0)": "cannot be imported: SystemExit",
     "import posix\nposix._exit(0)": "imports posix",
@@ -93,12 +100,19 @@ def test_a_function_that_ends_the_process_earns_nothing(solution):
     assert grade_part("train.update", solution, 0) == (0, "its process ended before the tests did")
 
 
+def test_our_own_solution_cannot_be_called(solution):
+    """It is blank in the copy where the part is graded."""
+    with (solution / "train.py").open("a", encoding="utf-8") as script:
+        script.write("\ndef update(*args):\n    return load_reward('train.py:update')(*args)\n")
+    assert grade_part("train.update", solution, 0)[0] <= 1
+
+
 def test_our_own_scripts_keep_the_rules():
-    for script in ("grpo.py", "reward.py", "train.py"):
+    for script, names in IMPORTS.items():
         modules = imported_modules(ast.parse((ROOT / script).read_text(encoding="utf-8")))
-        assert broken_rule(ROOT / script, ALLOWED | modules) == ""
-    path = ROOT / "tests" / "test_objective.py"
-    assert broken_rule(path, ALLOWED | FOR_TESTS, grade.FORBIDDEN_IN_TESTS) == ""
+        assert modules - ALLOWED == set(names.split())
+        assert broken_rule(ROOT / script) == ""
+    assert broken_rule(ROOT / "tests" / "test_objective.py") == ""
 
 
 def test_a_constant_reward_earns_half_at_most(solution):
@@ -138,13 +152,20 @@ def test_reports(solution, tmp_path, capsys):
         grade.main([str(tmp_path / "nothing")])
     with pytest.raises(SystemExit, match="--bugs are numbers from 1 to"):
         grade.main(["--tests", "mine.py", "--bugs", "12,0"])
-    with pytest.raises(SystemExit, match="are for the points of a solution"):
-        grade.main(["--tests", "mine.py", "--junit", "a.xml"])
+    with pytest.raises(SystemExit, match="name the folder of a solution, or --tests"):
+        grade.main([])
 
 
-def test_only_some_functions_are_graded(solution, capsys):
-    grade.main([str(solution), "--functions", "kl_estimate"])
-    assert capsys.readouterr().out.splitlines()[-1].split() == ["sum", "5.0", "of", "5"]
+def test_some_functions_and_a_file_of_tests_are_graded_together(solution, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("import os")
+    out = tmp_path / "results.json"
+    files = ["--tests", str(tmp_path / "mine.py"), "--gradescope", str(out)]
+    grade.main([str(solution), "--functions", "kl_estimate", *files])
+    last = capsys.readouterr().out.splitlines()[-2:]
+    assert last[0].split() == ["tests", "0.0", "of", "25", "mine.py", "imports", "os"]
+    assert last[1].split() == ["sum", "5.0", "of", "30"]
+    tests = json.loads(out.read_text())["tests"]
+    assert [test["max_score"] for test in tests] == [5, 25]
 
 
 MINE = """
@@ -155,19 +176,25 @@ def test_kl_is_0_for_equal_log_probs_and_else_above():
     assert kl_estimate(torch.zeros(1, 1), torch.tensor([[0.0]])).item() == 0
     assert kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() > 0.5
     assert kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() > 0.7
+
+def test_that_is_wrong():
+    assert kl_estimate(torch.zeros(1, 1), torch.tensor([[1.0]])).item() > 0.8
 """
 
 
-def test_a_students_tests_are_graded(tmp_path, capsys):
+def test_a_students_tests_are_graded(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(grade, "RIGHT_RUNS", 2)
     wrong = [number for number, mutant in enumerate(MUTANTS, 1) if mutant[1] == KL]
     path = tmp_path / "mine.py"
     path.write_text(MINE)
-    assert grade.grade_tests(path, 0, wrong) == 2  # the one without a gradient has the same values
-    assert f"2 of {len(wrong)} wrong versions are noticed: 2 points" in capsys.readouterr().out
+    # The one without a gradient has the same values.
+    assert grade.grade_tests(path, 0, wrong) == (2, "2 of 3 wrong versions are noticed")
+    dropped = "dropped, since it fails on the right version: test_that_is_wrong"
+    assert dropped in capsys.readouterr().out
 
 
 REFUSED = {
-    "def test_false():\n    assert False\n": "on the right version",
+    "import grpo\ngrpo.nothing\n": "on the right version the file cannot be imported",
     "def test_state():\n    open('seen', 'x')\n": "line 2 calls open",
     "import subprocess\n": "imports subprocess",
     "import grpo\ngrpo.__loader__\n": "line 2 uses __loader__",
@@ -179,20 +206,24 @@ REFUSED = {
 @pytest.mark.parametrize("text", REFUSED)
 def test_tests_that_are_refused(text, tmp_path):
     (tmp_path / "mine.py").write_text(text)
-    with pytest.raises(SystemExit, match=REFUSED[text]):
-        grade.grade_tests(tmp_path / "mine.py", 0, [1])
+    points, reason = grade.grade_tests(tmp_path / "mine.py", 0, [1])
+    assert points == 0 and REFUSED[text] in reason
 
 
 def test_the_module_eval_is_not_the_function(tmp_path):
     (tmp_path / "mine.py").write_text("import eval\n\neval.wilson\n")
-    assert broken_rule(tmp_path / "mine.py", FOR_TESTS, grade.FORBIDDEN_IN_TESTS) == ""
+    assert broken_rule(tmp_path / "mine.py") == ""
 
 
-def test_a_test_of_ours_is_no_test_of_theirs(tmp_path):
+def test_a_test_of_ours_is_no_test_of_theirs():
+    """Under another name and with another docstring neither."""
+    ours = (ROOT / "tests" / "test_objective.py").read_text(encoding="utf-8")
+    theirs = MINE + ours.replace("def test_", "def test_my_").replace('    """', '    """My ')
+    count = ours.count("\ndef test_")
+    assert count > 20 and len(copied_tests(theirs, [ours])) == count
+    assert copied_tests(MINE, [ours]) == []
     path = ROOT / "tests" / "test_objective.py"
-    name = next(name for name in functions(path.read_text(encoding="utf-8")) if "test_" in name)
-    with pytest.raises(SystemExit, match=f"tests of the hand-out: {name}"):
-        grade.grade_tests(path, 0, [1])
+    assert "copies tests of the hand-out" in grade.grade_tests(path, 0, [1])[1]
 
 
 ENDLESS = """
@@ -209,8 +240,8 @@ def test_a_loop_on_a_wrong_version_is_no_failed_test(tmp_path, monkeypatch, caps
     monkeypatch.setattr(grade, "CPU_LIMIT", 12)
     (tmp_path / "mine.py").write_text(ENDLESS)
     number = [mutant[0] for mutant in MUTANTS].index("KL of the other direction") + 1
-    assert grade.grade_tests(tmp_path / "mine.py", 0, [number]) == 0
-    assert "(took more than 12 seconds of a core)" in capsys.readouterr().out
+    assert grade.grade_tests(tmp_path / "mine.py", 0, [number])[0] == 0
+    assert "(it took more than 12 CPU seconds)" in capsys.readouterr().out
 
 
 @pytest.mark.slow
