@@ -83,7 +83,7 @@ def build_prompt(tokenizer, problem):
 
 
 def eos_token_ids(model, tokenizer):
-    """Return the set of ids that end a completion: of tokenizer, model and chat template.
+    """Return the set of ids that end a completion, from tokenizer, model and chat template.
 
     TRAP: a chat model may end a turn with one token, and a document with another
     (test_end_of_turn_is_an_eos).
@@ -180,11 +180,11 @@ def evaluate(
     """Measure a model on problems: a greedy completion and K = `samples` samples of each.
 
     Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
-    and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for greedy and sampled each, the
-    shares flexible (the last number is right), truncated and unparsable. records: for greedy and
-    sampled each, a list with a dict per completion. measures: for greedy, sampled, maj@k and pass@k
-    each, a list with a number per problem. Raises FloatingPointError if the
-    log-probs of the model are inf or nan.
+    and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for both greedy and sampled, the
+    shares flexible (the last number is right), truncated and unparsable. records: for both greedy
+    and sampled, a list with a dict per completion. measures: for each of greedy, sampled, maj@k and
+    pass@k, a list with a number per problem. Raises FloatingPointError if the log-probs of the
+    model are inf or nan.
     """
     scores = {"n": len(problems)}
     records = {}
@@ -247,7 +247,7 @@ def vote(groups, K):
 
 
 def pass_at_k(right, k):
-    """Estimate, from n samples of which c are right, the chance that k have a right one.
+    """Estimate, from n samples of which c are right, the chance that k include a right one.
 
     1 - C(n - c, k) / C(n, k): the share of subsets of k that contain a right one.
     """
@@ -299,7 +299,7 @@ def students_t(n):
 
 
 def compare(paths):
-    """Compare two files of this script about the same problems: a line of text per measure.
+    """Compare two result files on the same problems: a line of text per measure.
 
     Raises InputError if they are not two such files.
     """
@@ -316,7 +316,7 @@ def compare(paths):
             for file in files
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--compare wants two JSON files of eval.py: {error}") from error
+        raise InputError(f"--compare wants two result files of eval.py: {error}") from error
     lines = []
     for name in [name for name in before if name in after]:
         change = after[name] - before[name]  # one per question
@@ -356,7 +356,7 @@ def score_table(scores):
 ARITHMETIC = {
     "sft": (30_000, False, [2, 2, 3, 4, 5, 6, 6]),  # warm-up
     "train": (10_000, False, [4, 5]),  # reinforcement learning
-    "in": (1_000, True, [4, 5]),  # in domain: as long as in training
+    "in": (1_000, True, [4, 5]),  # in domain: lengths as in training
     "out": (1_000, True, [6]),  # out of domain: a length seen in the warm-up, never in RL
 }
 GITHUB = "https://raw.githubusercontent.com/"
@@ -492,7 +492,7 @@ def read_problems(path):
     """Read a file of JSON lines, each with a question and an answer. Raises InputError."""
     problems = []
     for number, line in enumerate(Path(path).read_bytes().split(b"\n"), start=1):
-        if not line.strip(b"\xef\xbb\xbf \t\r"):  # blank, but perhaps for a byte order mark
+        if not line.strip(b"\xef\xbb\xbf \t\r"):  # blank, or just a byte order mark
             continue
         try:
             problems.append(parse_problem(line.decode("utf-8-sig"), number))
@@ -503,7 +503,7 @@ def read_problems(path):
     if len(unusable) == len(problems):
         raise InputError(f"{path} is empty or has no answers: each line needs both")
     if unusable:
-        print(f"{path}: {len(unusable)} answers can never be met, first in lines {unusable[:9]}")
+        print(f"{path}: {len(unusable)} answers can never match, first on lines {unusable[:9]}")
     return problems
 
 
@@ -562,7 +562,7 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
     added = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
     limit = f"the {positions} tokens of the context, with {added}"
     if not kept:
-        raise InputError(f"no question fits into {limit}: make these shorter")
+        raise InputError(f"no question fits into {limit}: shorten one of them")
     if len(kept) < len(problems):
         print(f"skipped {len(problems) - len(kept)} of {len(problems)} questions, over {limit}")
     return kept
@@ -574,7 +574,7 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
 def pick_device(name, threads=None, precision="auto"):
     """Return (torch.device, whether it computes in bf16) for "auto", "cpu" or "cuda".
 
-    threads: how many a CPU uses (None or 0: its own choice); sums depend on it in the last bits.
+    threads: how many a CPU uses (None or 0: torch decides); they change the last bits of sums.
     precision: "float32", "bf16", or "auto": bf16 on a GPU that has it.
     """
     cuda = torch.cuda.is_available() and name != "cpu"
@@ -593,7 +593,7 @@ def pick_device(name, threads=None, precision="auto"):
 
 
 def load_model(name, device):
-    """Load (model in float32, tokenizer) of a folder or hub name. Raises InputError."""
+    """Load (float32 model, tokenizer) from a folder or hub name. Raises InputError."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer)
@@ -653,7 +653,7 @@ def check_tokenizer(tokenizer):
 
 
 def save_model(model, tokenizer, folder):
-    """Write a folder for from_pretrained, without the sampling settings that it came with.
+    """Write a folder for from_pretrained, without the model's own sampling settings.
 
     Raises OSError.
     """
@@ -702,9 +702,9 @@ class Options:
     rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
     seed: int = opt(0, "of the samples")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
-    threads: int = opt(0, "threads of a CPU; 0: its own choice (not given: the run's)")
+    threads: int = opt(0, "CPU threads; 0: torch decides (not given: those of the run)")
     ask: str = opt("", "print the greedy answer to this question, then stop")
-    compare: list[str] | None = opt(None, "compare two files of eval.py, then stop")
+    compare: list[str] | None = opt(None, "compare two result files, then stop")
     out: str = opt("", "JSON file to write (empty: runs/eval-<problems>-<date>-<time>.json)")
 
     def __post_init__(self):
@@ -779,9 +779,9 @@ def versions():
 
 
 def read_run(folder, part="config"):
-    """Return a part of the run.json in a folder, a dict, or {} if there is none.
+    """Return a part of a folder's run.json as a dict, {} if there is none.
 
-    Parts: "config", the options of train.py; "conditions", what the numbers depend on besides.
+    Parts: "config", the options of train.py; "conditions", what else the numbers depend on.
     """
     try:
         found = json.loads(Path(folder, "run.json").read_text())[part]

@@ -81,7 +81,7 @@ def outcome_advantages(rewards, scale="std"):
 
 
 def process_advantages(rewards, ends, mask, group_size, scale="std"):
-    """Credit each token with the steps that end at it or later: section 4.1.3.
+    """Credit each token with the steps that end at or after it: section 4.1.3.
 
     A_hat[i,t] = sum of r~[i,j] over the steps j of completion i that end at token t or after it.
     r~ is the reward of a step, compared with all steps of the group as above.
@@ -332,7 +332,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows stay until they are an eighth.
+        # Copying the cache costs time, so ended rows stay until they are 1/8 of all.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]
@@ -406,7 +406,7 @@ def token_logprobs(
     logits would be by far the largest tensor, so only the tokens that count reach the vocabulary
     head, a chunk at a time.
     """
-    # TRAP: score at the temperature of the sampling. At any other it is another policy
+    # TRAP: score at the temperature of the sampling. At any other, it is another policy
     # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
@@ -491,7 +491,7 @@ def bf16_weights(model):
     return model
 
 
-# --- 6. Does the code above suit a model? -------------------------------------------------------
+# --- 6. Does the code above fit a model? --------------------------------------------------------
 
 
 @torch.no_grad()
@@ -514,7 +514,7 @@ def check_model(model):
     with head.register_forward_pre_hook(lambda module, states: (1000 * states[0],)):
         difference = model(input_ids=ids).logits - expected
     if not difference.abs().max() < 1e-3 * expected.abs().max():
-        raise ValueError("its logits are not the vocabulary head of its last state")
+        raise ValueError("its logits are not just the vocabulary head of its last state")
 
     prompt_mask = ids.cumsum(dim=1) > 3  # a prompt of 2 tokens, and one of 5
     samples = sample_groups(model, ids, prompt_mask, 1, 8, [], pad_id=1, temperature=0)
@@ -533,8 +533,8 @@ def check_model(model):
 class PreallocatedLayer(DynamicLayer):
     """Keep the keys and values of one layer, (n, heads, tokens, head_dim), in reserved memory.
 
-    Attention hands each new token to `update`. The library's DynamicLayer copies all that it holds
-    to append one token.
+    Attention hands each new token to `update`. To append one token, the library's DynamicLayer
+    copies all that it holds.
     """
 
     def __init__(self, layer, max_new_tokens):

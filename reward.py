@@ -25,8 +25,8 @@ forms of a number.
 >>> is_equivalent("9+9", "18"), is_equivalent("36/2", "18"), is_equivalent("2^3", "8")
 (False, True, True)
 
-Letters stand for positive numbers (but for e, i and \pi). Several in a row are a
-product: 2ab is 2ba.
+Letters stand for positive numbers (except e, i and \pi). Several in a row are a product: 2ab is
+2ba.
 >>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("5 red balls", "5")
 (True, False)
 
@@ -104,7 +104,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return what follows "#### " on the last such line with a value; if none has, on the last."""
+    """Return what follows "#### " on the last such line with a value, or else on the last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
@@ -219,8 +219,8 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). What is odd about
-        # them becomes %, where the text is cut.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). Their odd part
+        # becomes %, and the text is cut there.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
@@ -250,7 +250,7 @@ def _holds(left, right):
 
 
 class LearnedReward(torch.nn.Module):
-    """Reward completions by a network that learns to imitate the rule: Algorithm 1, line 12.
+    """Reward completions with a network that learns to imitate the rule: Algorithm 1, line 12.
 
     It has the policy's architecture, with a scalar head in place of the vocabulary's, and is called
     like any other reward. It keeps the texts that it is asked about; the rule above labels them,
@@ -285,7 +285,7 @@ class LearnedReward(torch.nn.Module):
 
     @torch.no_grad()
     def judge(self, prompts, completions, ends, size=32):
-        """Return the probability of "right" at each end, a character offset, of each completion."""
+        """Return the probability of "right" at each end (a character offset) of each completion."""
         rows = list(zip(prompts, completions, ends, strict=True))
         chunks = [self.logits(rows[i : i + size]) for i in range(0, len(rows), size)]
         right = torch.cat(chunks).sigmoid().split([len(places) for places in ends])
@@ -369,12 +369,11 @@ def _last_token(spans, end):
 
 # --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
 
-# Read it from the bottom up. `is_equivalent` cleans both texts (`clean`): other
-# spellings of the same thing become one. `_same_answer` strips names, `_same` takes lists,
-# intervals and the like apart, `_same_value` strips units. What is left is an expression.
-# Python's own parser makes a tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate`
-# computes that tree, from a closed list of node kinds. Anything else is opaque: it equals only
-# the same text.
+# Read it from the bottom up. `is_equivalent` cleans both texts (`clean`): other spellings of the
+# same thing become one. `_same_answer` strips names, `_same` takes lists, intervals and the like
+# apart, `_same_value` strips units. What is left is an expression. Python's own parser makes a tree
+# of it (`_tree`; `ast.parse` runs nothing), and `_evaluate` evaluates that, if it knows all kinds
+# of nodes. Anything else is opaque: it equals only the same text.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # Between two semicolons: characters, and what they become.
@@ -467,7 +466,7 @@ _SEVERAL_NUMBERS = re.compile(r"\d+(?: ?[-*] ?\d+)+|\d+/\d+/\d{2,}|\d{4}/\d+/\d+
 
 
 def clean(text):
-    r"""Bring a text into one spelling of signs and commands; "" if there is no text or too much.
+    r"""Unify the spelling of signs and commands in a text; "" if there is no text or too much.
 
     >>> clean(r"$1,234.50$."), clean(r"\dfrac12"), clean("１８"), clean(r"\left(1\right)")
     ('1234.50', '\\frac{1}{2}', '18', '(1)')
@@ -774,7 +773,7 @@ def _bracket(text):
 
 @functools.lru_cache(maxsize=1000)
 def _bare(text):
-    """Drop the spaces, but for those between two digits."""
+    """Drop the spaces, except those between two digits."""
     return re.sub(r"(?<!\d)[ ~]+|[ ~]+(?!\d)", "", text)
 
 
@@ -865,7 +864,7 @@ def is_equivalent(answer, gold):
         return False
     if _word(answer) and _word(answer) == _word(gold):
         return True
-    # Read 2e-1 as 0.2 in both texts, or in both as 2 times e, minus 1.
+    # Read 2e-1 as 0.2 in both texts, or as 2 times e minus 1 in both.
     scientific = r"(?<![\w.])(\d+\.?\d*)[eE]([-+]?\d{1,4})(?![\d.])"
     numbers = [re.sub(scientific, r"\\sci{\1}{\2}", text) for text in (answer, gold)]
     try:
@@ -875,7 +874,7 @@ def is_equivalent(answer, gold):
 
 
 def _word(text):
-    """Return a word in lower case, without spaces or the brackets of (A); "" for another text."""
+    """Return a word in lower case, without spaces or the brackets of (A); "" for any other."""
     word = re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold()
     return word if re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", word) else ""
 

@@ -84,10 +84,10 @@ def sample_batch(author, tokenizer, problems, reward, config):
     author: the model that writes the completions. reward: a function of prompts, completions and
     answer, each a list of N texts, that returns N numbers, which are compared in float64. Returns
     (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
-    the log: reward, length and truncated, means over completions; zero_var, the share of groups
-    whose advantages are all 0; tok_s, sampled tokens per second; t_sample and t_reward, in seconds;
-    with a learned reward also `right`, the mean reward by the rule, and `agree`, how often model
-    and rule agree. mask_truncated changes the weights only: truncated completions still count in
+    the log: reward, length, truncated (means over completions); zero_var (the share of groups whose
+    advantages are all 0); tok_s (sampled tokens per second); t_sample, t_reward (in seconds); with
+    a learned reward also right (the mean reward by the rule) and agree (how often model and rule
+    agree). mask_truncated changes the weights only: truncated completions still count in
     the mean of their group.
     """
     G = config.group_size
@@ -101,7 +101,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
         config.temperature,
         config.rows_at_once,
     )
-    moments.append(time.perf_counter())  # the texts are there, so a GPU has finished
+    moments.append(time.perf_counter())  # the texts exist, so the GPU is done
 
     # Question-major, as the rows are: G times the first question, then the second.
     questions = [problem.question for problem in problems for _ in range(G)]
@@ -171,8 +171,8 @@ def update(policy, optimizer, batch, config, lr, autocast):
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, that of the first.
     kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and gap_max are
     the mean and the maximum, over the n tokens, of the absolute difference between the sampler's
-    log-probs and those of the first update; gap_999 is element int(0.999 n), from 0, of the sorted
-    ones.
+    log-probs and those of the first update; gap_999 is, of these in order, the one at index
+    int(0.999 n).
     """
     stats = defaultdict(float)
     gaps = []
@@ -267,7 +267,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
 
     with catch_signals() as signals:
         for step in range(first, total + 1):
-            set_seed(zlib.crc32(f"{config.seed} {step}".encode()))  # a resumed run draws the same
+            set_seed(zlib.crc32(f"{config.seed} {step}".encode()))  # same draws when resumed
             # Line 6. It comes first since evaluation and reference use these weights as well.
             pi_old.load_state_dict(policy.state_dict())
             if step in (0, total) or config.eval_every and step % config.eval_every == 0:
@@ -420,10 +420,10 @@ def step_ends(tokenizer, ids, ends):
     stream = DecodeStream(skip_special_tokens=True)
     reached = 0
     lengths = []  # of the text up to and including each token
-    for token in ids:  # a character of several tokens comes with its last one
+    for token in ids:  # a character split over tokens comes with the last
         try:
             reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
-        except Exception:  # half a character, then another: the stream has lost its place
+        except Exception:  # a character left unfinished: the stream has lost its place
             stream = DecodeStream(skip_special_tokens=True)
         lengths.append(reached)
     return [min(bisect.bisect_left(lengths, end), len(ids) - 1) for end in ends]
@@ -446,24 +446,24 @@ class Config:
     save_every: int = opt(25, "steps between checkpoints; 0: one at the end, or when stopped")
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
-    threads: int = opt(0, "threads of a CPU; 0: its own choice. Sums depend on it in the last bits")
+    threads: int = opt(0, "CPU threads; 0: torch decides. It changes the last bits of sums")
     precision: Literal["auto", "float32", "bf16"] = opt(
-        "auto", "to compute in; auto: bf16 on a GPU that has it, else float32"
+        "auto", "type of numbers; auto: bf16 on a GPU that has it, else float32"
     )
     # Sampling
     questions: int = opt(32, "questions per step, B (paper: 16 or 1024, not clear)")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)")
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)")
-    temperature: float = opt(1.0, "of sampling and log-probs (paper: not said)")
+    temperature: float = opt(1.0, "of sampling and log-probs (paper: unknown)")
     rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
     # Algorithm
     iterations: int = opt(1, "rounds, each with a new reference and reward model (paper: 1, 2)")
     steps: int = opt(100, "steps per iteration, M")
     mu: int = opt(1, "updates on the same samples (paper: 1)")
     kl_beta: float = opt(0.04, "weight of the KL term (paper: 0.04); 0 needs no reference")
-    clip_low: float = opt(0.2, "the ratio is clipped below 1 - this (paper: not said)")
+    clip_low: float = opt(0.2, "the ratio is clipped below 1 - this (paper: unknown)")
     clip_high: float = opt(0.2, "the ratio is clipped above 1 + this (DAPO: 0.28)")
-    scale_rewards: Literal["std", "none"] = opt("std", "by the group's std (Dr. GRPO: none)")
+    scale_rewards: Literal["std", "none"] = opt("std", "divide by the group's std (Dr. GRPO: none)")
     aggregate: Literal["sequence", "token", "constant"] = opt(
         "sequence", "the weight of a token (paper: sequence, DAPO: token, Dr. GRPO: constant)"
     )
@@ -483,7 +483,7 @@ class Config:
     sft_steps: int = opt(0, "steps on worked solutions before RL")
     sft_lr: float = opt(1e-5, "its learning rate, which rises in the first tenth and falls to 0")
     # Evaluation and log
-    eval_problems: str = opt("", "held-out sets, such as gsm8k,mgsm_zh; empty: of --problems")
+    eval_problems: str = opt("", "held-out sets, such as gsm8k,mgsm_zh; empty: those of --problems")
     eval_limit: int = opt(200, "use only this many problems of each held-out set")
     eval_samples: int = opt(8, "samples per problem, besides the greedy one")
     eval_every: int = opt(50, "steps between evaluations; 0: only before and after")
@@ -546,7 +546,7 @@ def parse_config(argv):
 
 
 def make_tiny_model(seed, device):
-    """Make (model, tokenizer): a Llama of 210,000 random parameters, and the words of sums."""
+    """Make (model, tokenizer): a random Llama of 210,000 parameters, and a vocabulary for sums."""
     words = ["<pad>", "<end>", "<unk>", "<user>", "<assistant>", "\\boxed{", "}", "\n"]
     words += ["+", "-", "=", *map(str, range(100))]
     vocabulary = {word: i for i, word in enumerate(words)}
@@ -604,7 +604,7 @@ def gather_problems(config, model, tokenizer):
         problems = worked = [problem for problem in problems if problem.question not in hidden]
     worked = [problem for problem in worked if problem.solution]
     if not problems:
-        raise InputError(f"{config.problems} is too small to hold some out: give --eval-problems")
+        raise InputError(f"{config.problems} is too small to hold any out: give --eval-problems")
     if config.sft_steps and not worked:
         raise InputError(f"--sft-steps needs worked solutions; {config.problems} has none")
     if config.questions > len(problems):
@@ -689,7 +689,7 @@ def save_checkpoint(out, parts, row):
 
 
 def load_checkpoint(out, parts):
-    """Put out/checkpoint.pt into the parts, and cut the log back to it. Returns its row, or None.
+    """Load out/checkpoint.pt into the parts; cut the log back to match. Returns its row, or None.
 
     Raises InputError if it is damaged or of another model.
     """
@@ -700,7 +700,7 @@ def load_checkpoint(out, parts):
         saved = torch.load(path, map_location="cpu", weights_only=True)
         for name, state in saved["states"].items():
             parts[name].load_state_dict(state)
-    except Exception as error:  # a broken file may fail in any way, and so does another model
+    except Exception as error:  # a broken file, or another model, may fail in any way
         reason = " ".join(str(error).split())[:200]
         raise InputError(f"{path} is damaged, or not of this model ({reason})") from error
     log = out / "metrics.jsonl"
@@ -723,7 +723,7 @@ def catch_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; again: at once, without saving\n")
+            os.write(2, b"\nstopping after this step; once more: at once, without saving\n")
         for stream in (1, 2):  # print no more: Ctrl-C may have ended the `tee log` that reads us
             os.dup2(nowhere, stream)
 

@@ -328,7 +328,7 @@ def draw_learning(panels, seeds):
         draw(panels[0], steps, read_column(row, "reward", steps, seeds), colour, label)
     panels[0].set(title="reward of the training samples", xlabel="step", ylabel="share right")
     steps = (0, 20, 40, 60)
-    labels = {"in": "as long as in training", "out": "longer than in training"}
+    labels = {"in": "in: 4 or 5 terms", "out": "out: 6 terms"}
     for split, colour in (("in", ORANGE), ("out", GREEN)):
         accuracy = read_accuracy("built-in", split, steps, seeds)
         draw(panels[1], steps, accuracy, colour, labels[split])
@@ -356,7 +356,7 @@ def draw_figure6(panels, seeds):
     labels = {"reward": "by the reward model", "right": "by the rule"}
     for column, colour in (("reward", RED), ("right", GREEN)):
         draw(panels[1], steps, read_column("fast", column, steps, seeds), colour, labels[column])
-    panels[1].set(title="fast: training samples", xlabel="step")
+    panels[1].set(title="fast (3 x the learning rate): training samples", xlabel="step")
 
 
 def draw_figure7(panels, seeds):

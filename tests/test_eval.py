@@ -103,7 +103,7 @@ def test_problems_files_of_every_accepted_form(tmp_path, capsys):
     assert [(p.question, p.answer, p.solution, p.line) for p in problems] == [*lines.values()]
     assert problems[0].request == MATH_REQUEST
     assert load_problems(str(path), "", "Think.")[0].request == "Think."
-    assert "3 answers can never be met, first in lines [9, 10, 11]" in capsys.readouterr().out
+    assert "3 answers can never match, first on lines [9, 10, 11]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "math", "cmath", "mgsm_zh"])

@@ -96,7 +96,7 @@ FLAGS = {  # arguments of train.py, and what the line says
 PROBLEMS = {  # problems, given to train.py with a good model
     "blank.jsonl": "blank.jsonl is empty or has no answers",
     "unanswered.jsonl": "unanswered.jsonl is empty or has no answers",
-    "one.jsonl": "one.jsonl is too small to hold some out",
+    "one.jsonl": "one.jsonl is too small to hold any out",
     "long.jsonl": "no question fits into the 1024 tokens of the context, with --max-new-tokens 512",
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
@@ -111,7 +111,7 @@ MODELS = {  # what is said, and of which models
     "its chat template drops the question; does it want a list of parts?": "parts curt",
     "its tokenizer has more tokens than the model": "small",
     "weights are missing; was it saved as a causal language model?": "encoder headless",
-    "its logits are not the vocabulary head of its last state": "cohere gemma2 encoding roberta",
+    "its logits are not just the vocabulary head": "cohere gemma2 encoding roberta",
     "it keeps state other than a cache of keys and values": "mamba hybrid",
 }
 EVAL = {
@@ -119,8 +119,8 @@ EVAL = {
     "--model chat": "--problems or --ask is required, as chat is not a run",
     "--model list": "--problems or --ask is required, as list is not a run",
     "--comp a b": "unrecognized arguments: --comp a b",
-    "--compare a.json b.json": "two JSON files of eval.py: they are about different problems",
-    "--compare run/run.json run/run.json": "--compare wants two JSON files of eval.py: 'questions'",
+    "--compare a.json b.json": "two result files of eval.py: they are about different problems",
+    "--compare run/run.json run/run.json": "wants two result files of eval.py: 'questions'",
     "--compare null.json null.json": "'NoneType' object has no attribute 'items'",
     "--compare few.json few.json": "cannot reshape array of size 1",
     "--compare none.json none.json": "they are about different problems, or none",
