@@ -262,7 +262,7 @@ def test_what_has_changed_since_a_run_began_is_said(straight, tmp_path, capsys):
     saved["conditions"] |= {"threads": 3, "prompt": "Today is Monday. 1+1"}
     (run / "run.json").write_text(json.dumps(saved))
     train.main(["--resume", str(run)])
-    lines = [line for line in capsys.readouterr().out.splitlines() if "not to the bit" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "not bit for bit" in line]
     assert len(lines) == 2 and "threads is 1 now, and was 3" in lines[0]
     assert "and was 'Today is Monday. 1+1'" in lines[1]
 
