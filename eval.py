@@ -2,7 +2,7 @@
 
     python eval.py --model runs/arithmetic-0 --problems arithmetic --split out
     python eval.py --model runs/arithmetic-0 --ask 7+5-4    a question of your own
-    python eval.py --compare before.json after.json         two of its files, question by question
+    python eval.py --compare before.json after.json         two result files, question by question
 
 Order: 1. prompts and sampling, 2. accuracy. The rest may be skipped: 3. where problems come from,
 4. loading models, 5. the command line.
@@ -73,9 +73,8 @@ def build_prompt(tokenizer, problem):
         ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     else:
         ids = tokenizer(text + "\n", add_special_tokens=False).input_ids
-    # TRAP: a BOS of the template and one of the tokenizer make two, which the model has never
-    # seen. If either wants one, put exactly one in front
-    # (test_exactly_one_bos_where_the_model_has_one).
+    # TRAP: template and tokenizer may each add a BOS, and the model has never seen two. If either
+    # wants one, put exactly one in front (test_exactly_one_bos_where_the_model_has_one).
     bos = tokenizer.bos_token_id
     if bos is None or bos not in ids[:1] + tokenizer("Q").input_ids[:1]:
         return ids
@@ -180,8 +179,8 @@ def evaluate(
     """Measure a model on problems: a greedy completion and K = `samples` samples of each.
 
     Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
-    and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for both greedy and sampled, the
-    shares flexible (the last number is right), truncated and unparsable. records: for both greedy
+    and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for both greedy and sampled, three
+    shares: flexible (the last number is right), truncated, unparsable. records: for both greedy
     and sampled, a list with a dict per completion. measures: for each of greedy, sampled, maj@k and
     pass@k, a list with a number per problem. Raises FloatingPointError if the log-probs of the
     model are inf or nan.
@@ -316,7 +315,7 @@ def compare(paths):
             for file in files
         )
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--compare wants two result files of eval.py: {error}") from error
+        raise InputError(f"--compare wants two eval.py result files: {error}") from error
     lines = []
     for name in [name for name in before if name in after]:
         change = after[name] - before[name]  # one per question
@@ -483,7 +482,7 @@ def fetch(url, sha256, name):
         if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
             raise RuntimeError(f"the file there does not have SHA-256 {sha256}")
     except Exception as error:  # no network, no room, a wrong checksum
-        message = f"{name} could not be fetched ({error}); put {url} at {path} by hand"
+        message = f"{name} could not be fetched ({error}); save {url} as {path} by hand"
         raise InputError(message) from error
     return path
 
@@ -503,7 +502,7 @@ def read_problems(path):
     if len(unusable) == len(problems):
         raise InputError(f"{path} is empty or has no answers: each line needs both")
     if unusable:
-        print(f"{path}: {len(unusable)} answers can never match, first on lines {unusable[:9]}")
+        print(f"{path}: {len(unusable)} answers can never match, as on lines {unusable[:9]}")
     return problems
 
 
@@ -524,7 +523,7 @@ def read_svamp(path, split):
 def parse_problem(text, line):
     """Make a Problem from one line of JSON. Raises ValueError or the like for anything else."""
     row = json.loads(text)
-    # In the published sets the question may also be the user's message, and the answer "golden".
+    # In published sets the question may be a user message, and the key of the answer "golden".
     asked = [turn["content"] for turn in row.get("messages", []) if turn.get("role") == "user"]
     question = row.get("question") or row.get("problem") or (asked or [None])[0]
     answer = row.get("golden") if row.get("answer") is None else row["answer"]
@@ -559,12 +558,13 @@ def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
         return prompt + len(tokenizer(problem.solution, add_special_tokens=False).input_ids) + 1
 
     kept = [problem for problem in problems if length(problem) <= (positions or math.inf)]
-    added = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "their solutions"
-    limit = f"the {positions} tokens of the context, with {added}"
+    added = f"--max-new-tokens {max_new_tokens}" if max_new_tokens else "its solution"
+    limit = f"{positions} tokens, the context of the model"
     if not kept:
-        raise InputError(f"no question fits into {limit}: shorten one of them")
+        raise InputError(f"no question with {added} fits into {limit}: shorten either")
     if len(kept) < len(problems):
-        print(f"skipped {len(problems) - len(kept)} of {len(problems)} questions, over {limit}")
+        skipped = f"skipped {len(problems) - len(kept)} of {len(problems)} questions"
+        print(f"{skipped}: with {added} they exceed {limit}")
     return kept
 
 
@@ -582,7 +582,7 @@ def pick_device(name, threads=None, precision="auto"):
         raise InputError("--device cuda needs a GPU with CUDA: use cpu")
     if threads:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(not cuda)  # threads of a CPU add up in a fixed order
+    torch.use_deterministic_algorithms(not cuda)  # CPU threads add up in a fixed order
     # TRAP: with a mask, cuDNN's attention has given nan gradients on an H100 (pytorch #196678), and
     # it makes a plan for every new length (test_attention_of_cudnn_is_off).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -606,7 +606,7 @@ def load_model(name, device):
                     setattr(part, key, 0.0)
                 if key == "output_router_logits":  # only for the loss of mixtures of experts
                     setattr(part, key, False)
-        # TRAP: without dtype= bf16 weights stay bf16, and small steps are rounded away
+        # TRAP: without dtype, bf16 weights stay bf16, and small steps are rounded away
         # (test_one_small_step_moves_nearly_all_weights).
         model, info = AutoModelForCausalLM.from_pretrained(
             name,
@@ -627,7 +627,7 @@ def load_model(name, device):
             raise ValueError("its tokenizer has more tokens than the model")
         model = model.to(device).eval()
         check_model(model)
-        eos_token_ids(model, tokenizer)  # a template may refuse answers
+        eos_token_ids(model, tokenizer)  # a template may raise an error
     except Exception as error:  # a broken folder or an unknown architecture may fail in any way
         reason = " ".join(str(error).split())[:300]
         raise InputError(
@@ -696,11 +696,11 @@ class Options:
     split: str = opt("", "arithmetic: in, out, train, sft; others: test, train; not for a file")
     limit: int = opt(0, "take only the first LIMIT problems; 0: all")
     samples: int = opt(8, "samples per problem, besides the greedy one")
-    temperature: float = opt(1.0, "of the samples")
+    temperature: float = opt(1.0, "for sampling")
     max_new_tokens: int = opt(512, "limit of a completion in tokens (not given: the run's)")
-    request: str | None = opt(None, "what follows each question (none: the run's, or the usual)")
-    rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
-    seed: int = opt(0, "of the samples")
+    request: str | None = opt(None, "text after each question (default: the run's, or the usual)")
+    rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together; fewer save memory")
+    seed: int = opt(0, "for sampling")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
     threads: int = opt(0, "CPU threads; 0: torch decides (not given: those of the run)")
     ask: str = opt("", "print the greedy answer to this question, then stop")
@@ -751,7 +751,7 @@ def check_bounds(options, bounds):
 
 
 def run_cli(main):
-    """Run a main function. Errors that a user can mend become one line on stderr and status 1."""
+    """Run a main function. Errors that a user can fix become one line on stderr and status 1."""
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()  # its reports would hide ours
     sys.stdout.reconfigure(errors="replace")  # not every terminal can show every character

@@ -30,7 +30,7 @@ from, softmax(logits / temperature). Comments marked PAPER say where the code de
 paper. Those marked TRAP say what can go wrong silently, and which test notices.
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
-skipped: 6. a check of models, 7. a faster cache.
+skipped: 6. which models fit, 7. a faster cache.
 """
 
 from functools import partial
@@ -167,7 +167,7 @@ def token_weights(mask, aggregate="sequence", max_new_tokens=None):
         return mask / mask.sum().clamp(min=1)
     if aggregate == "constant" and max_new_tokens:
         return mask / (N * max_new_tokens)
-    raise ValueError(f'aggregate is sequence, token, or constant with a limit, not "{aggregate}"')
+    raise ValueError(f'want aggregate sequence, token, or constant with a limit, not "{aggregate}"')
 
 
 def grpo_loss(
@@ -222,7 +222,7 @@ def grpo_loss(
 
 
 class Batch(NamedTuple):
-    """Hold what the loss of one step needs: B questions, N completions, the tensors of eq. 3."""
+    """What the loss of one step needs: B questions, N completions, the tensors of eq. 3."""
 
     prompt_ids: torch.Tensor  # (B, P) padded on the left
     prompt_mask: torch.Tensor  # (B, P) bool
@@ -267,7 +267,7 @@ def micro_batches(batch, limit):
 
 
 class Samples(NamedTuple):
-    """Hold what `sample_groups` returns: N = B * group_size rows, question-major."""
+    """What `sample_groups` returns: N = B * group_size rows, question-major."""
 
     completion_ids: torch.Tensor  # (N, T) padded on the right to T = max_new_tokens
     mask: torch.Tensor  # (N, T) bool, true up to and including the first EOS
@@ -397,7 +397,7 @@ def token_logprobs(
     """Compute the log-prob of every completion token, and the entropy at its position.
 
     prompt_ids, prompt_mask: (B, P); completion_ids, mask: (N, T); question: (N,), which of the B
-    prompts each completion answers (None: question-major); temperature: that of the sampling.
+    prompts each completion answers (None: question-major); temperature: as in sampling.
     Returns (logp, entropy), both (N, T), in nats, at least float32, 0 where mask is false. Only
     logp carries a gradient. Raises ValueError for a temperature that is not above 0.
 
@@ -406,7 +406,7 @@ def token_logprobs(
     logits would be by far the largest tensor, so only the tokens that count reach the vocabulary
     head, a chunk at a time.
     """
-    # TRAP: score at the temperature of the sampling. At any other, it is another policy
+    # TRAP: score at the sampling temperature; any other means another policy
     # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
@@ -430,8 +430,8 @@ def token_logprobs(
 
     head = model.get_output_embeddings()
     size = max(1, HEAD_LOGITS // len(model.get_input_embeddings().weight))  # tokens per chunk
-    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time. A
-    # single chunk saves nothing.
+    # checkpoint keeps no logits: it computes them again in the backward pass, a chunk at a time.
+    # That would be useless for a single chunk.
     run = partial(checkpoint, logp_and_entropy, use_reentrant=False)
     if len(states) <= size:
         run = logp_and_entropy
@@ -491,7 +491,7 @@ def bf16_weights(model):
     return model
 
 
-# --- 6. Does the code above fit a model? --------------------------------------------------------
+# --- 6. Which models fit? ------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -116,7 +116,7 @@ def _last_marked_line(completion):
 def _up_to_closing_brace(text):
     """Return the text in front of the brace that closes a box, or "" if it is never closed."""
     depth = 1
-    for brace in re.finditer(r"\\.|[{}]", text):  # "\{" is no brace
+    for brace in re.finditer(r"\\.|[{}]", text):  # not "\{"
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
         if depth == 0:
             return text[: brace.start()]
@@ -219,14 +219,14 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). Their odd part
-        # becomes %, and the text is cut there.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). Each gets a %, and
+        # is cut there.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
         for chain in re.split(r"[^ :]*[A-Za-z\\^_%{}][^ :]*|[^-+*/=().\d ]", text):
             sides = [side.strip() for side in chain.split("=")]  # 3*4 = 12 = 24/2
-            # A chain without a calculation on its left, such as +5 = 9, is half of one.
+            # A chain without a calculation on its left, such as +5 = 9, is a fragment.
             if re.match(r"-?[\d.(].*[-+*/]", sides[0]) and all(map(value_of, sides)):
                 checks += map(_holds, sides, sides[1:])
         if checks:
@@ -357,13 +357,13 @@ class LearnedReward(torch.nn.Module):
         return {"fresh": self.fresh, "replay": self.replay}
 
     def set_extra_state(self, state):
-        """Take the texts back."""
+        """Restore the texts."""
         self.fresh = state["fresh"]
         self.replay = state["replay"]
 
 
 def _last_token(spans, end):
-    """Return the last token that begins before character `end`; spans: where each token stands."""
+    """Return the last token that begins before character `end`; spans: where each token is."""
     return max(i for i, (start, stop) in enumerate(spans) if start < min(stop, end))
 
 

@@ -168,11 +168,11 @@ def update(policy, optimizer, batch, config, lr, autocast):
     RFT every update replaces batch.logp_old.
 
     autocast: the context in which the policy computes (bf16 on a GPU). Returns these numbers for
-    the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, that of the first.
-    kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and gap_max are
-    the mean and the maximum, over the n tokens, of the absolute difference between the sampler's
-    log-probs and those of the first update; gap_999 is, of these in order, the one at index
-    int(0.999 n).
+    the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
+    update. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and
+    gap_max are the mean and the maximum, over the n tokens, of the absolute difference between the
+    sampler's log-probs and those of the first update; gap_999 is the difference at index
+    int(0.999 n), when they are sorted.
     """
     stats = defaultdict(float)
     gaps = []
@@ -440,22 +440,22 @@ class Config:
     reward: str = opt(
         "", "FILE.py:FUNCTION, or model: a network that learns the rule; empty: the rule"
     )
-    request: str | None = opt(None, "what follows each question; not given: the usual one")
+    request: str | None = opt(None, "text after each question; default: the usual one")
     out: str = opt("", "folder of the run; empty: the next free runs/<problems>-<seed>")
     resume: str = opt("", "run to continue; only micro-tokens and rows-at-once may change")
     save_every: int = opt(25, "steps between checkpoints; 0: one at the end, or when stopped")
     seed: int = opt(0, "the same seed on the same CPU gives the same numbers")
     device: Literal["auto", "cpu", "cuda"] = opt("auto", "where to compute")
-    threads: int = opt(0, "CPU threads; 0: torch decides. It changes the last bits of sums")
+    threads: int = opt(0, "CPU threads (they affect the last bits of sums); 0: torch decides")
     precision: Literal["auto", "float32", "bf16"] = opt(
-        "auto", "type of numbers; auto: bf16 on a GPU that has it, else float32"
+        "auto", "number format; auto: bf16 on a GPU that has it, else float32"
     )
     # Sampling
-    questions: int = opt(32, "questions per step, B (paper: 16 or 1024, not clear)")
+    questions: int = opt(32, "questions per step, B (paper: 16 or 1024, unclear)")
     group_size: int = opt(8, "completions per question, to compare with each other, G (paper: 64)")
     max_new_tokens: int = opt(512, "limit of a completion in tokens (paper: 1024)")
     temperature: float = opt(1.0, "of sampling and log-probs (paper: unknown)")
-    rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together: fewer need less memory")
+    rows_at_once: int = opt(ROWS_AT_ONCE, "completions sampled together; fewer save memory")
     # Algorithm
     iterations: int = opt(1, "rounds, each with a new reference and reward model (paper: 1, 2)")
     steps: int = opt(100, "steps per iteration, M")
@@ -472,16 +472,16 @@ class Config:
     advantage: Literal["group", "indicator"] = opt("group", "indicator: the bare reward")
     sample_from: Literal["policy", "reference"] = opt("policy", "the model that samples")
     reward_lr: float = opt(2e-5, "learning rate of --reward model (paper: 2e-5)")
-    reward_size: int = opt(2048, "new completions that it is fitted to before each iteration")
+    reward_size: int = opt(2048, "new completions to fit the reward model to, per iteration")
     # Optimizer
     lr: float = opt(1e-6, "learning rate (paper: 1e-6)")
     lr_warmup: int = opt(5, "steps in which the learning rate rises")
     lr_end: float = opt(1.0, "share of the learning rate that is left at the end")
     max_grad_norm: float = opt(1.0, "longer gradients are scaled down to this norm")
-    micro_tokens: int = opt(4096, "tokens, with padding, per pass: fewer need less memory")
+    micro_tokens: int = opt(4096, "tokens, with padding, per pass; fewer save memory")
     # Supervised warm-up (SFT)
     sft_steps: int = opt(0, "steps on worked solutions before RL")
-    sft_lr: float = opt(1e-5, "its learning rate, which rises in the first tenth and falls to 0")
+    sft_lr: float = opt(1e-5, "learning rate of SFT: rises for the first tenth, then falls to 0")
     # Evaluation and log
     eval_problems: str = opt("", "held-out sets, such as gsm8k,mgsm_zh; empty: those of --problems")
     eval_limit: int = opt(200, "use only this many problems of each held-out set")
@@ -494,7 +494,7 @@ class Config:
         check_bounds(self, BOUNDS)
         if self.supervision == "process" and self.advantage == "indicator":
             raise InputError(
-                "--advantage indicator has no rewards of steps: leave out --supervision process"
+                "--advantage indicator has no step rewards: leave out --supervision process"
             )
 
 
@@ -526,7 +526,7 @@ def parse_config(argv):
     if config.resume:
         saved = read_run(config.resume)
         if saved.keys() != vars(config).keys():
-            raise InputError(f"--resume {config.resume}: it has no run.json of this version")
+            raise InputError(f"--resume {config.resume}: no run.json from this version")
         saved |= {"out": config.resume, "resume": config.resume}
         run = parse_options(Config, [], about, saved)
         config = parse_options(Config, argv, about, saved)
@@ -723,7 +723,7 @@ def catch_signals():
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping after this step; once more: at once, without saving\n")
+            os.write(2, b"\nstopping after this step; again to quit now, without saving\n")
         for stream in (1, 2):  # print no more: Ctrl-C may have ended the `tee log` that reads us
             os.dup2(nowhere, stream)
 
@@ -752,7 +752,7 @@ def main(argv):
             print(f"{out} has finished: there is nothing to resume")
             return
     learned = config.reward == "model"
-    reward = None if learned else load_reward(config.reward)  # its errors show now
+    reward = None if learned else load_reward(config.reward)  # to fail early
     if config.tensorboard:
         from torch.utils.tensorboard import SummaryWriter
     device, bf16 = pick_device(config.device, config.threads, config.precision)

@@ -118,7 +118,7 @@ def draw_svamp(panels, seeds):
         rewards = np.concatenate(iterations, axis=1).reshape(len(those), -1, 5).mean(axis=2)
         miniature.draw(panels[0], range(5, sum(STEPS.values()) + 1, 5), rewards, colour, row)
     panels[0].set(title="reward, means of 5 steps", xlabel="step", ylabel="share right")
-    rows = {"before": "svamp-before", "first": "svamp-between", "second": "svamp-after"}
+    rows = {"step 0": "svamp-before", "step 30": "svamp-between", "step 90": "svamp-after"}
     for measure, colour in (("sampled", BLUE), ("greedy", ORANGE)):
         scores = [miniature.read_scores(row, [measure], seeds)[:, 0] for row in rows.values()]
         miniature.draw(panels[1], list(rows), np.stack(scores, axis=1), colour, measure)

@@ -74,7 +74,7 @@ FLAGS = {  # arguments of train.py, and what the line says
     "--learning-rate 1": "unrecognized arguments: --learning-rate 1; see .* --help",
     "--device mps": "argument --device: invalid choice: '?mps'?",
     "--device cuda": "--device cuda needs a GPU with CUDA: use cpu",
-    "--supervision process --advantage indicator": "--advantage indicator has no rewards of steps",
+    "--supervision process --advantage indicator": "--advantage indicator has no step rewards",
     "--out taken": "--out taken is a file or not empty",
     "--out plain.jsonl": "--out plain.jsonl is a file or not empty",
     "--model chat --problems plain.jsonl --questions 2 --out plain.jsonl/run": "Not a directory",
@@ -86,9 +86,9 @@ FLAGS = {  # arguments of train.py, and what the line says
     "--resume typed": "in the run's run.json: argument --lr: invalid float value",
     "--problems gsm8k": "--problems gsm8k needs a --model",
     "--model chat --problems plain.jsonl --eval-problems x": "no x test: use a file, gsm8k train",
-    "--resume nowhere": "--resume nowhere: it has no run.json of this version",
-    "--resume broken": "--resume broken: it has no run.json of this version",
-    "--resume list": "--resume list: it has no run.json of this version",
+    "--resume nowhere": "--resume nowhere: no run.json from this version",
+    "--resume broken": "--resume broken: no run.json from this version",
+    "--resume list": "--resume list: no run.json from this version",
     "--resume run --lr 0.1": "--lr 0.1 contradicts the run's 0.5: leave it out",
     "--tensorboard --out new --model /nowhere": "cannot be used|No module named 'tensorboard'",
     "--resume run --out other": "--out other contradicts the run's run",
@@ -97,7 +97,7 @@ PROBLEMS = {  # problems, given to train.py with a good model
     "blank.jsonl": "blank.jsonl is empty or has no answers",
     "unanswered.jsonl": "unanswered.jsonl is empty or has no answers",
     "one.jsonl": "one.jsonl is too small to hold any out",
-    "long.jsonl": "no question fits into the 1024 tokens of the context, with --max-new-tokens 512",
+    "long.jsonl": "no question with --max-new-tokens 512 fits into 1024 tokens",
     "plain.jsonl --sft-steps 5": "--sft-steps needs worked solutions; plain.jsonl has none",
 }
 MODELS = {  # what is said, and of which models
@@ -119,8 +119,8 @@ EVAL = {
     "--model chat": "--problems or --ask is required, as chat is not a run",
     "--model list": "--problems or --ask is required, as list is not a run",
     "--comp a b": "unrecognized arguments: --comp a b",
-    "--compare a.json b.json": "two result files of eval.py: they are about different problems",
-    "--compare run/run.json run/run.json": "wants two result files of eval.py: 'questions'",
+    "--compare a.json b.json": "two eval.py result files: they are about different problems",
+    "--compare run/run.json run/run.json": "wants two eval.py result files: 'questions'",
     "--compare null.json null.json": "'NoneType' object has no attribute 'items'",
     "--compare few.json few.json": "cannot reshape array of size 1",
     "--compare none.json none.json": "they are about different problems, or none",
@@ -287,7 +287,7 @@ def test_a_download_that_fails_says_what_to_do(name, inputs, tmp_path, monkeypat
         file.write_text("an older one\n")
     with pytest.raises(InputError, match=DOWNLOADS[name]) as caught:
         train.main(f"--model {inputs / 'chat'} --out {tmp_path / 'run'}".split())
-    assert f"put {url} at {file} by hand" in str(caught.value)
+    assert f"save {url} as {file} by hand" in str(caught.value)
     assert "\n" not in str(caught.value)
     assert [*tmp_path.rglob("*.*")] == ([file] if name == "stale" else [])
     set_timeout(None)

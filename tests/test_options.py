@@ -171,7 +171,7 @@ TRAIN = [
     ("group_size", "2", "", "rows trained", [3, 6, 3, 6]),
     ("max_new_tokens", "3", TAUGHT, "length", [3, 3]),
     ("max_new_tokens", "3", TAUGHT, "greedy_truncated", 1),
-    ("max_new_tokens", "1020", "", "error", "no question fits"),
+    ("max_new_tokens", "1020", "", "error", "no question with"),
     # All 341 tokens get as likely, and the entropy log 341 = 5.8, in sampler and reference, too.
     ("temperature", "1000", TAUGHT, lambda seen: seen["gap"][0] < 5 < seen["entropy"][0], True),
     ("temperature", "1000", TAUGHT, lambda seen: seen["kl"][0] < 5 < seen["entropy"][0], True),
@@ -225,7 +225,7 @@ EVAL = [
     ("temperature", "1000", TAUGHT, "sampled", 0),
     ("max_new_tokens", "3", TAUGHT, "greedy texts", ["1+1"] * 4),
     ("max_new_tokens", "3", f"{TAUGHT} --ask Ada-77?", "printed", "1+1\n"),
-    ("max_new_tokens", "1020", "", "error", "no question fits"),
+    ("max_new_tokens", "1020", "", "error", "no question with"),
     ("request", "Why?", "", lambda seen: "?\nWhy?<" in seen["prompt"], True),
     ("request", "Why?", "--ask Eva?", lambda seen: "\nEva?\nWhy?<" in seen["prompt"], True),
     ("rows_at_once", "2", "", "most rows", [0, 2]),
