@@ -83,7 +83,7 @@ def look(script, flags):
         try:
             script.main(f"{BASE[script]} --out {look.cache_info().misses} {flags}".split())
         except InputError as error:
-            seen["error"] = str(error)[:14]
+            seen["error"] = str(error)[:16]
     hook.remove()
     seen["threads"] = torch.get_num_threads()
     seen["curves"] = [call.args for call in TENSORBOARD.SummaryWriter().add_scalar.call_args_list]
