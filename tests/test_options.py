@@ -127,7 +127,7 @@ def see_output(printed):
             seen["fitted"] = len(states["reward"].pop("_extra_state")["replay"])
             body = {key.replace("body", "model"): x for key, x in states["reward"].items()}
             seen["reward moved"] = moves(body).max().item()
-    for name in re.findall("written to (.*)", printed):
+    for name in re.findall("all results: (.*)", printed):
         result = json.loads(Path(name).read_text())
         seen |= result["scores"] | {"out": name, "questions": result["questions"]}
         for kind, records in result["records"].items():
