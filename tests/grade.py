@@ -204,36 +204,31 @@ def write_gradescope(path, results):
 
 
 class Failed:
-    """A plugin of pytest: the names of the tests that failed, and how many ran."""
+    """A plugin of pytest: which tests failed, and whether the file could not be read."""
 
     def __init__(self):
         self.unreadable = False
-        self.ran = 0
         self.names = []
 
     def pytest_collectreport(self, report):
         self.unreadable |= report.failed
 
     def pytest_runtest_logreport(self, report):
-        self.ran += report.when == "call"
         if report.failed:
             self.names.append(report.nodeid.rpartition("::")[2])
 
 
 def run_student(connection, copy):
-    """Run the student's tests in a copy; send how many ran, and the names of those that failed, or
-    why none could run.
-    """
+    """Run the student's tests in a copy; send the names of those that failed, or why none ran."""
     enter(copy)
     failed = Failed()
     run_pytest("student", failed)
-    result = (failed.ran, failed.names)
-    connection.send("the file cannot be imported" if failed.unreadable else result)
+    connection.send("the file cannot be imported" if failed.unreadable else failed.names)
 
 
 def try_tests(text, variant, number=0):
     """Run tests against wrong version `number`, or the right one (0), each in a new copy, where no
-    earlier run has left anything. Returns (how many ran, which failed), or why that is not known.
+    earlier run has left anything. Returns the names of those that fail, or why they are not known.
     """
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "project"
@@ -262,13 +257,13 @@ def grade_tests(path, variant, numbers):
         for right in pool.map(lambda _: try_tests(text, variant), range(RIGHT_RUNS)):
             if isinstance(right, str):
                 return 0.0, f"on the right version {right}"
-            dropped.update(right[1])
+            dropped.update(right)
         for name in sorted(dropped):
             print(f"dropped, since it fails on the right version: {name}")
         results = pool.map(lambda number: try_tests(text, variant, number), numbers)
         for number, result in zip(numbers, results, strict=True):
             # A process that ended has not said that something is wrong.
-            failed = [] if isinstance(result, str) else sorted({*result[1]} - dropped)
+            failed = [] if isinstance(result, str) else sorted({*result} - dropped)
             note = result if isinstance(result, str) else ", ".join(failed[:2])
             noticed += bool(failed)
             what, function, *_ = MUTANTS[number - 1]
