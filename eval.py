@@ -156,8 +156,9 @@ def sample_problems(
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    # TRAP: some templates end the prompt with <think>. A completion that never closes it has no
-    # answer; a "<think>" at its end tells the reward so (test_a_thought_that_the_prompt_opened).
+    # TRAP: some templates end the prompt with <think>. If "</think>" is missing, the thought
+    # never ended, and there is no answer; a "<think>" appended to the text tells the reward so
+    # (test_a_thought_that_the_prompt_opened).
     if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [text if "</think>" in text else text + "<think>" for text in texts]
     return prompt_ids, prompt_mask, samples, texts
@@ -176,7 +177,7 @@ def evaluate(
     seed=0,
     rows_at_once=ROWS_AT_ONCE,
 ):
-    """Measure a model on problems: a greedy completion and K = `samples` samples of each.
+    """Measure a model on problems: a greedy completion and K = `samples` samples for each.
 
     Returns (scores, records, measures). scores: a dict of n, greedy, sampled (the mean of K), maj@k
     and pass@k for k = 1, 2, 4 ... K, with their intervals; and, for both greedy and sampled, three
@@ -447,7 +448,7 @@ def make_arithmetic(split):
             high = min(9, 12 - sum(numbers))
             numbers.append(rng.choice([number for number in range(low, high + 1) if number]))
         question = write_sum(numbers)
-        # A fifth of all questions, by a hash of their text, is held out from training everywhere.
+        # A fifth of all questions, chosen by a hash of their text, is kept out of all training.
         hidden = hashlib.sha256(question.encode()).digest()[0] % 5 == 0
         if hidden != held_out:
             continue
@@ -547,7 +548,7 @@ def parse_problem(text, line):
 def drop_long_problems(model, tokenizer, problems, max_new_tokens=None):
     """Keep the problems whose prompts and completions fit the model. Raises InputError if none.
 
-    max_new_tokens: the limit of a completion; without one their solutions have to fit.
+    max_new_tokens: the limit of a completion; without it, worked solutions have to fit instead.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
@@ -637,7 +638,7 @@ def load_model(name, device):
 
 
 def check_tokenizer(tokenizer):
-    """Raise ValueError if prompts cannot be made with a tokenizer; give it a pad token."""
+    """Raise ValueError if a tokenizer cannot make prompts; set its pad token, if it has none."""
     if tokenizer.eos_token_id is None or not tokenizer("1+1", add_special_tokens=False).input_ids:
         raise ValueError("its tokenizer is missing, or has no EOS token to end a completion")
     if not tokenizer.is_fast:
@@ -663,7 +664,7 @@ def save_model(model, tokenizer, folder):
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    except Exception as error:  # a full disk is an OSError, or an error of safetensors
+    except Exception as error:  # a full disk raises OSError, or a safetensors error
         raise OSError(f"{folder} could not be written: {error}") from error
 
 
@@ -770,7 +771,7 @@ def run_cli(main):
 
 
 def versions():
-    """Return the versions of what the numbers depend on, for the files that are written."""
+    """Return the software versions that results depend on, to be stored with them."""
     return {
         "python": sys.version,
         "torch": torch.__version__,

@@ -3,10 +3,12 @@
 GRPO comes from DeepSeekMath (arXiv 2402.03300); equation and section numbers are that paper's.
 In one breath: sample a group of G completions for each question, score each of them, call a
 completion good if it did better than the rest of its own group, and make the tokens of good
-completions likelier, not too far at once (the clip) and not too far from where we started (KL).
+completions likelier, but not by too much at once (the clip), and without straying too far from
+where we started (KL).
 
 A policy is a language model seen as a chooser of tokens: pi(o_t | q, o_<t) is the probability it
-gives to token o_t after question q and the tokens before. EOS is the token that ends a completion.
+gives to token o_t after question q and the tokens before it. EOS is the token that ends a
+completion.
 
     paper        here                       shape    meaning
     q            prompt_ids, prompt_mask    (B, P)   B questions, padded on the left
@@ -58,7 +60,7 @@ def outcome_advantages(rewards, scale="std"):
     group's mean stands in for the value model of PPO, a second network that predicts the reward.
     scale="none" leaves the division out, because a small std inflates the advantages of nearly
     solved and nearly hopeless questions (Dr. GRPO, arXiv 2503.20783). Raises ValueError for any
-    other scale, and for a group of one, which has nothing to compare with.
+    other scale, and for a group of one, which has nothing to be compared with.
 
     [1, 0, 0, 0]: mean 1/4, std 1/2 -> [1.5, -0.5, -0.5, -0.5]  (a bit less, due to STD_EPSILON)
     [1, 1, 1, 1] -> [0, 0, 0, 0]: all right or all wrong teaches nothing
@@ -144,8 +146,8 @@ def kl_estimate(logp, logp_ref):
     the paper calls it unbiased. Used as a loss on fixed samples, it has on average the gradient
     of KL(pi_ref || pi) instead (test_gradient_of_the_kl_term_is_that_of_the_other_kl).
     """
-    # PAPER: eq. 4 has no bound. Only a large pi_ref/pi overflows, so only that is bounded: a token
-    # that the reference finds far less likely is still pulled back.
+    # PAPER: eq. 4 has no bound. Only a large pi_ref/pi overflows, so only that side is bounded. The
+    # other keeps its gradient: a token that the reference finds far less likely is pulled back.
     log_ratio = (logp_ref - logp).clamp(max=MAX_LOG_RATIO)
     return torch.expm1(log_ratio) - log_ratio  # expm1(x) is exp(x) - 1, exact for small x
 
@@ -185,10 +187,10 @@ def grpo_loss(
     weight of the tokens whose gradient the clip took away; kl, if there is a logp_ref. Raises
     ValueError if the KL term lacks its reference or the shapes do not fit.
 
-    In the first update after sampling every ratio is 1. With outcome rewards and "sequence" weights
-    weight * A then adds up to 0 over a group, and the loss prints as 0, plus the KL term. This is
-    not a bug. d ratio / d logp is the ratio, here 1, so token t has the gradient
-    weight * A * grad logp_t. Each grad logp_t is different, so they do not cancel
+    In the first update after sampling every ratio is 1. With outcome rewards and "sequence"
+    weights, the products weight * A then add up to 0 over a group, and the loss prints as 0, plus
+    the KL term. This is not a bug. d ratio / d logp is the ratio, here 1, so token t has the
+    gradient weight * A * grad logp_t. Each grad logp_t is different, so they do not cancel
     (test_the_loss_is_zero_on_policy_but_its_gradient_is_not).
     """
     if kl_beta and logp_ref is None:
@@ -509,7 +511,7 @@ def check_model(model):
 
     head = model.get_output_embeddings()
     ids = torch.tensor([[1, 1, 1, 2, 3], [4, 5, 6, 7, 8]], device=model.device)
-    # States so large that a soft cap of the logits would show.
+    # States so large that a soft cap on the logits would show.
     expected = head(1000 * model.base_model(input_ids=ids).last_hidden_state)
     with head.register_forward_pre_hook(lambda module, states: (1000 * states[0],)):
         difference = model(input_ids=ids).logits - expected

@@ -104,7 +104,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return what follows "#### " on the last such line with a value, or else on the last."""
+    """Return what follows "#### " on the last line that has a value there, or else on the last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
@@ -114,7 +114,7 @@ def _last_marked_line(completion):
 
 
 def _up_to_closing_brace(text):
-    """Return the text in front of the brace that closes a box, or "" if it is never closed."""
+    """Return the text before the brace that closes a box, or "" if it is never closed."""
     depth = 1
     for brace in re.finditer(r"\\.|[{}]", text):  # not "\{"
         depth += {"{": 1, "}": -1}.get(brace[0], 0)
@@ -205,7 +205,7 @@ def step_rewards(completion):
 
     A step is a line or sentence with a calculation and its result; its end is an offset in
     characters. It earns 1.0 if all of its equations hold, up to rounding to the decimals shown.
-    Process supervision pays per right step, and a policy can farm that with 1+1=2.
+    Process supervision pays for each correct step, and a policy can farm that with 1+1=2.
 
     >>> step_rewards("First 3 * 4 = 12. Then 10/3 = 3.33!\n12 + 5 = 18\nso 18")
     [(17, 1.0), (35, 1.0), (47, 0.0)]
@@ -219,8 +219,8 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). Each gets a %, and
-        # is cut there.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). A % marks the
+        # place in each of them, and the text is cut there.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
@@ -235,7 +235,7 @@ def step_rewards(completion):
 
 
 def _holds(left, right):
-    """Tell whether left = right; * and / may be rounded to the decimals of right: 10/3 = 3.33."""
+    """Tell whether left = right. Results of * and / may be rounded as `right` is: 10/3 = 3.33."""
     exact = value_of(left)[0]
     shown = value_of(right)[0]
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
@@ -369,11 +369,11 @@ def _last_token(spans, end):
 
 # --- 4. Inside the grader. A reader of the training loop may stop here. --------------------------
 
-# Read it from the bottom up. `is_equivalent` cleans both texts (`clean`): other spellings of the
-# same thing become one. `_same_answer` strips names, `_same` takes lists, intervals and the like
-# apart, `_same_value` strips units. What is left is an expression. Python's own parser makes a tree
-# of it (`_tree`; `ast.parse` runs nothing), and `_evaluate` evaluates that, if it knows all kinds
-# of nodes. Anything else is opaque: it equals only the same text.
+# Read it from the bottom up. `is_equivalent` cleans both texts (`clean`): different spellings of
+# the same thing become one. `_same_answer` strips names, `_same` takes lists, intervals and the
+# like apart, `_same_value` strips units. What is left is an expression. Python's own parser makes a
+# tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate` evaluates that, if it knows every
+# kind of node in it. Anything else is opaque: it equals only the same text.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # Between two semicolons: characters, and what they become.
@@ -571,7 +571,7 @@ def _factorial(value):
     return _MP.factorial(value)
 
 
-# A Fraction and a number of mpmath can be added and multiplied, but not subtracted or divided.
+# A Fraction and an mpmath number can be added and multiplied, but not subtracted or divided.
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: lambda a, b: a + -b,
@@ -816,7 +816,7 @@ def _same_value(a, b):
     if len(sides) == len(gold_sides) == 2:
         return _same_equation(sides, gold_sides)
     first, *others = [value_of(side) for side in (*sides, *gold_sides)]
-    for other in others:  # all sides must be equal, also in 9+9 = 18
+    for other in others:  # all sides must be equal, including those of 9+9 = 18
         if not first or not other or not all(map(_close, first, other)):
             return False
     # Arithmetic that was not done earns nothing: a policy would copy the question.
@@ -874,7 +874,7 @@ def is_equivalent(answer, gold):
 
 
 def _word(text):
-    """Return a word in lower case, without spaces or the brackets of (A); "" for any other."""
+    """Return a word in lower case, without spaces or the brackets of (A); "" for anything else."""
     word = re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold()
     return word if re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", word) else ""
 

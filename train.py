@@ -86,8 +86,8 @@ def sample_batch(author, tokenizer, problems, reward, config):
     (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
     the log: reward, length, truncated (means over completions); zero_var (the share of groups whose
     advantages are all 0); tok_s (sampled tokens per second); t_sample, t_reward (in seconds); with
-    a learned reward also right (the mean reward by the rule) and agree (how often model and rule
-    agree). mask_truncated changes the weights only: truncated completions still count in
+    a learned reward, also `right` (the mean reward by the rule) and `agree` (how often model and
+    rule agree). mask_truncated changes the weights only: truncated completions still count in
     the mean of their group.
     """
     G = config.group_size
@@ -103,7 +103,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
     )
     moments.append(time.perf_counter())  # the texts exist, so the GPU is done
 
-    # Question-major, as the rows are: G times the first question, then the second.
+    # Question-major, as the rows are: the first question G times, then the second.
     questions = [problem.question for problem in problems for _ in range(G)]
     answers = [problem.answer for problem in problems for _ in range(G)]
     outcomes = ask_reward(reward, questions, texts, answers)  # N numbers
@@ -171,8 +171,8 @@ def update(policy, optimizer, batch, config, lr, autocast):
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
     update. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and
     gap_max are the mean and the maximum, over the n tokens, of the absolute difference between the
-    sampler's log-probs and those of the first update; gap_999 is the difference at index
-    int(0.999 n), when they are sorted.
+    sampler's log-probs and those of the first update; with these differences sorted, gap_999 is
+    the one at index int(0.999 n).
     """
     stats = defaultdict(float)
     gaps = []
@@ -420,7 +420,7 @@ def step_ends(tokenizer, ids, ends):
     stream = DecodeStream(skip_special_tokens=True)
     reached = 0
     lengths = []  # of the text up to and including each token
-    for token in ids:  # a character split over tokens comes with the last
+    for token in ids:  # a character split across tokens comes with its last one
         try:
             reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
         except Exception:  # a character left unfinished: the stream has lost its place
@@ -691,7 +691,7 @@ def save_checkpoint(out, parts, row):
 def load_checkpoint(out, parts):
     """Load out/checkpoint.pt into the parts; cut the log back to match. Returns its row, or None.
 
-    Raises InputError if it is damaged or of another model.
+    Raises InputError if it is damaged, or belongs to another model.
     """
     path = out / "checkpoint.pt"
     if not path.exists():
@@ -706,7 +706,7 @@ def load_checkpoint(out, parts):
     log = out / "metrics.jsonl"
     size = 0
     for line in log.read_bytes().splitlines(keepends=True) if log.exists() else []:
-        with contextlib.suppress(ValueError):  # the last line may have been cut by a kill
+        with contextlib.suppress(ValueError):  # the last line is incomplete after a kill
             if json.loads(line)["step"] < saved["row"]["step"]:  # that row is logged again
                 size += len(line)
     if log.exists():
@@ -724,7 +724,7 @@ def catch_signals():
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError):
             os.write(2, b"\nstopping after this step; again to quit now, without saving\n")
-        for stream in (1, 2):  # print no more: Ctrl-C may have ended the `tee log` that reads us
+        for stream in (1, 2):  # stop printing: Ctrl-C may have ended the `tee log` that reads this
             os.dup2(nowhere, stream)
 
     nowhere = os.open(os.devnull, os.O_WRONLY)
