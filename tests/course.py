@@ -109,6 +109,24 @@ def vary(text, variant):
     return text
 
 
+def fault_of(names):
+    """Say why a variant, {old: new}, would not work, or return ""."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "tests").glob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in paths if path.name != "course.py"]
+    words = set(re.findall(r"\w+", " ".join(texts)))
+    for i, (old, new) in enumerate(names.items()):
+        name = old.partition(" ")[0]
+        if any(known.endswith(f".{name}") for known in PARTS):
+            return f"{name} is a function to write, and keeps its name"
+        if name not in words:
+            return f"{name} occurs nowhere"
+        if old == name and new in words:
+            return f"{new} occurs already"
+        if name in [*names][:i]:
+            return f"{old} has to stand before {name}"
+    return ""
+
+
 def copy_scripts(folder, variant):
     """Copy the scripts into a folder, with the names of a variant."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ from course import (
     VARIANTS,
     copy_project,
     copy_scripts,
+    fault_of,
     parts_named,
     plant_bug,
     vary,
@@ -200,6 +201,8 @@ def parse(argv):
         if args.bug not in FLAGS:
             shown = ", ".join(map(str, FLAGS))
             fail(f"--bug {args.bug} shows in no run: of 1 to {len(MUTANTS)}, take {shown}")
+    if fault := fault_of(VARIANTS[args.variant]):
+        fail(f"variant {args.variant} of course.py would not work: {fault}")
     if args.folder.exists():
         fail(f"{args.folder} exists, and nothing is overwritten: name a new folder")
     return args
@@ -215,6 +218,7 @@ def main(argv):
     if args.parts:
         write_handout(args.folder, args.parts, args.variant)
     check(args.folder.resolve(), args.parts, args.variant)
+    print(f"{args.folder} is ready")
 
 
 if __name__ == "__main__":

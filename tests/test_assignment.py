@@ -86,6 +86,25 @@ def test_a_variant_changes_every_name_everywhere(variant, tmp_path):
     assert any(VARIANTS[variant]["clip_low"] in text for text in texts)
 
 
+@pytest.mark.parametrize(
+    "names, fault",
+    [
+        ({"kl_estimate": "kl_guess"}, "kl_estimate is a function to write"),
+        ({"Y" * 9: "clip_under"}, "YYY occurs nowhere"),
+        ({"clip_low": "advantages"}, "advantages occurs already"),
+        (
+            {"STD_EPSILON": "X" * 9, "STD_EPSILON = 1e-4": "STD_EPSILON = 2e-4"},
+            "has to stand before",
+        ),
+    ],
+)
+def test_a_variant_that_would_not_work_is_refused(names, fault, tmp_path, monkeypatch):
+    monkeypatch.setattr(make_assignment, "VARIANTS", [{}, names])
+    with pytest.raises(SystemExit, match=fault):
+        make_assignment.main([str(tmp_path / "new"), "--variant", "1"])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize("variant", [0, 1])
 @pytest.mark.parametrize("number", [1, 24, 30, max(FLAGS)])
 def test_a_bug_is_planted_and_the_flags_are_printed(number, variant, tmp_path, capsys):

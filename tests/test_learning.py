@@ -21,7 +21,7 @@ FLAGS = "--questions 32 --eval-every 0 --eval-limit 60 --eval-samples 4 --show-e
 def run(out, flags, policy, tokenizer, reward=accuracy_rewards):
     """Train on the built-in problems by train.train; returns the logged rows."""
     config = train.parse_config([*FLAGS.split(), *flags.split()])
-    torch.set_num_threads(config.threads)
+    evaluation.pick_device("cpu", config.threads)  # which also makes sums repeatable
     sets = train.gather_problems(config, policy, tokenizer)
     rows = []
     out.mkdir()
