@@ -398,7 +398,8 @@ def save_picture(path, part, seeds):
     figure, panels = plt.subplots(1, part.panels, figsize=(9, 3.2), layout="constrained")
     part.draw(panels, seeds)
     for panel in panels:
-        panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
+        if panel.get_autoscaley_on():  # it has no limits of its own
+            panel.set_ylim(0, max(1.02, panel.get_ylim()[1]))
         panel.grid(color=GREY, alpha=0.25)
         panel.legend(frameon=False, fontsize=9)
     figure.savefig(path, dpi=110, transparent=True)
