@@ -251,9 +251,10 @@ class Batch(NamedTuple):
 def micro_batches(batch, limit):
     """Cut a batch into lists of row numbers with at most `limit` tokens, padding included.
 
-    The longest prompt counts once per row, because each row holds a copy of its prompt's keys and
-    values. A row that is longer than the limit stands alone. Rows of similar length go together, so
-    that there is little padding. The cut changes memory, time and rounding only: the losses add up.
+    P, the width of prompt_ids, counts once per row, since each row holds a copy of its prompt's
+    keys and values. A row that is longer than the limit stands alone. Rows of similar length go
+    together, so that there is little padding. The cut changes memory, time and rounding only: the
+    losses add up.
     """
     P = batch.prompt_ids.shape[1]
     lengths = batch.mask.sum(dim=1).tolist()

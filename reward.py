@@ -126,7 +126,7 @@ def _up_to_closing_brace(text):
 def accuracy_reward(completion, gold):
     r"""Return 1.0 if the marked answer of a completion is equivalent to `gold`, else 0.0.
 
-    A completion or gold answer that is missing earns 0.0, too.
+    A completion or gold answer that is missing, or is not a text, earns 0.0.
 
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18")
     (1.0, 0.0)

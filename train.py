@@ -86,9 +86,9 @@ def sample_batch(author, tokenizer, problems, reward, config):
     (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
     the log: reward, length, truncated (means over completions); zero_var (the share of groups whose
     advantages are all 0); tok_s (sampled tokens per second); t_sample, t_reward (in seconds); with
-    a learned reward, also `right` (the mean reward by the rule) and `agree` (how often model and
-    rule agree). mask_truncated changes the weights only: truncated completions still count in
-    the mean of their group.
+    a learned reward, also `right` (the mean reward by the rule) and `agree` (how often the reward,
+    rounded, is that by the rule). logp_ref is 0 until `add_reference` fills it in. mask_truncated
+    changes the weights only: truncated completions still count in the mean of their group.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -130,7 +130,7 @@ def sample_batch(author, tokenizer, problems, reward, config):
         advantages=advantages.float().to(prompt_ids.device).expand(samples.mask.shape),
         weights=token_weights(in_loss, config.aggregate, config.max_new_tokens),
         logp_old=samples.logp,  # the sampler's; update overwrites them
-        logp_ref=torch.zeros_like(samples.logp),  # add_reference fills them in
+        logp_ref=torch.zeros_like(samples.logp),
     )
     moments.append(time.perf_counter())
     t_sample, t_reward = numpy.diff(moments).tolist()
@@ -164,15 +164,15 @@ def update(policy, optimizer, batch, config, lr, autocast):
     """Take mu optimizer steps on one batch: lines 10 and 11 of Algorithm 1.
 
     PAPER: the log-probs of the first update, computed before it moves the weights, replace the
-    sampler's in batch.logp_old. They differ by rounding, most in bf16. RFT has no ratio, so with
-    RFT every update replaces batch.logp_old.
+    sampler's in batch.logp_old. They differ by rounding, most in bf16. With sample_from "reference"
+    (RFT) there is no ratio, so every update replaces batch.logp_old.
 
     autocast: the context in which the policy computes (bf16 on a GPU). Returns these numbers for
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
-    update. kl, clip_share and entropy are means over tokens, weighted as in the loss. gap and
-    gap_max are the mean and the maximum, over the n tokens, of the absolute difference between the
-    sampler's log-probs and those of the first update; with these differences sorted, gap_999 is
-    the one at index int(0.999 n).
+    update. kl, clip_share and entropy are means over tokens, by their weights in the loss, whatever
+    these add up to. gap and gap_max are the mean and the maximum, over the n tokens, of the
+    absolute difference between the sampler's log-probs and those of the first update; with these
+    differences sorted, gap_999 is the one at index int(0.999 n).
     """
     stats = defaultdict(float)
     gaps = []

@@ -156,8 +156,8 @@ def check_model(model):
 
 
 def extract_answer(completion):
-    """str -> str or None: the last box, else the last <answer>, else the last line "#### " that has
-    a value, else the last of these lines.
+    """str -> str or None: the last box, even if it is empty, else the last <answer>, else the last
+    line "#### " that has a value, else the last of these lines. A megabyte takes below 0.06 s.
     """
     return reward.extract_answer(completion)
 

@@ -39,7 +39,9 @@ PARTS = {
         10, 120, "sampling", "line 7: G completions per prompt, with a cache"
     ),
     "grpo.token_logprobs": Part(10, 120, "sampling", "log pi of each token, and the entropy"),
-    "reward.extract_answer": Part(5, 50, "reward marked", "the text that is marked as the answer"),
+    "reward.extract_answer": Part(
+        5, 50, "reward marked or hostile or fuzzed", "the text that is marked as the answer"
+    ),
     "reward.accuracy_reward": Part(
         2, 5, "reward equal_answers or copying or missing or hostile", "1.0 or 0.0"
     ),

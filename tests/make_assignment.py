@@ -66,6 +66,7 @@ def blank(source, names, elsewhere):
             lines[body] = [f'    raise NotImplementedError("{name} {BLANK}")\n']
     text = "".join(lines)
     kept = names_used(text) | elsewhere | {part.partition(".")[2] for part in PARTS}
+    kept.add("preallocate")  # no solution, and the hand-out has a hint on it
     for name, node in functions(text).items():
         if name not in kept:
             lines = text.splitlines(keepends=True)

@@ -21,7 +21,7 @@ def scripts(folder):
     return {name: (folder / name).read_text(encoding="utf-8") for name in HELPERS}
 
 
-@pytest.mark.parametrize("names, gone", [(NAMES, 6), (["token_logprobs"], 1), (["kl_estimate"], 0)])
+@pytest.mark.parametrize("names, gone", [(NAMES, 5), (["token_logprobs"], 1), (["kl_estimate"], 0)])
 def test_signature_and_docstring_stay_and_the_body_goes(names, gone, tmp_path):
     """A helper that only a blank function uses goes as well, and nothing else does."""
     copy_project(tmp_path / "fork", 0, STAY)
