@@ -227,6 +227,10 @@ def tabulate_trl(seeds):
             f"| {name} | {np.mean(rewards[:5]):.3f} | {np.mean(rewards[-5:]):.3f}"
             f" | {seconds:.1f} | {rows[-1]['memory']:.1f} |"
         )
+    curves = [[row["reward"] for row in read_steps(name)] for name in ("here", "trl")]
+    here, trl = np.mean(curves, axis=1)
+    lines.append(f"\nReward, all {len(curves[0])} steps: {here:.3f} here, {trl:.3f} with TRL.")
+    lines.append(f"The correlation of the curves is {np.corrcoef(curves)[0, 1]:.2f}.")
     return "\n" + "\n".join(lines) + "\n"
 
 
