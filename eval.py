@@ -595,6 +595,8 @@ def pick_device(name, threads=None, precision="auto"):
 
 def load_model(name, device):
     """Load (float32 model, tokenizer) from a folder or hub name. Raises InputError."""
+    if Path(name, "run.json").exists() and not Path(name, "config.json").exists():
+        raise InputError(f"--model {name}: this run has not finished; resume it, or use {name}/sft")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         check_tokenizer(tokenizer)

@@ -124,6 +124,7 @@ EVAL = {
     "--compare null.json null.json": "'NoneType' object has no attribute 'items'",
     "--compare few.json few.json": "cannot reshape array of size 1",
     "--compare none.json none.json": "they are about different problems, or none",
+    "--model run --ask 1+1": "--model run: this run has not finished; resume it",
     "--model odd": "in the run's run.json: .*--max-new-tokens: invalid int value: 'many'",
     f"--model chat --problems arithmetic --seed {10**22}": "--seed must be finite",
     "--model chat --problems arithmetic --temperature 1e-45": "--temperature must be finite",
