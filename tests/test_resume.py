@@ -43,6 +43,7 @@ def random_reward(prompts, completions, answer):
             time.sleep(1)
         else:
             os.kill(os.getpid(), int(word))
+            time.sleep(0.5)  # a thread of torch may be the one that gets it, a little later
     print("as a progress bar does", file=sys.stderr, flush=True)
     return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in completions]
 
