@@ -791,7 +791,7 @@ def main(argv):
         diverged = isinstance(error, FloatingPointError)  # it would do so again
         if (out / "checkpoint.pt").exists() and not diverged:
             with contextlib.suppress(OSError):
-                print(f"\nto resume: python train.py --resume {out}", file=sys.stderr)
+                os.write(2, f"\nto resume: python train.py --resume {out}\n".encode())
         raise
     finally:
         lock.close()

@@ -43,7 +43,6 @@ def random_reward(prompts, completions, answer):
             time.sleep(1)
         else:
             os.kill(os.getpid(), int(word))
-            time.sleep(0.5)  # a thread of torch may be the one that gets it, a little later
     print("as a progress bar does", file=sys.stderr, flush=True)
     return [random.random() + numpy.random.rand() + torch.rand(()).item() for _ in completions]
 
@@ -174,7 +173,8 @@ def start(*arguments, stop=""):
     if "deaf" in stop:
         command = ["bash", "-c", 'set -o pipefail; "$@" 2>&1 | grep -qx deaf', "", *command]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, env=os.environ | {"STOP": stop}, **pipes)
+    env = os.environ | {"STOP": stop, "PYTHONUNBUFFERED": ""}  # what is buffered may be lost
+    return subprocess.Popen(command, env=env, **pipes)
 
 
 def test_a_signal_ends_the_step_and_saves(straight, tmp_path):
