@@ -127,7 +127,7 @@ def draw_svamp(panels, seeds):
 
 
 # --- The same 20 steps with TRL -----------------------------------------------------------------
-# Both compute in bf16; with float32 a step of TRL took five minutes.
+# Both compute in bf16; with float32 a step of TRL took over five minutes.
 
 START = ROOT / RUNS / "svamp-first-0" / "sft"
 
@@ -136,7 +136,8 @@ def run_here():
     """Train with train.py, at a constant learning rate, and print what each step gave."""
     flags = f"--model {START} {GROUPS} --steps {TRL_STEPS} --lr 2e-5 --lr-warmup 1 --threads 1"
     flags += " --eval-limit 1 --eval-samples 1 --eval-every 0 --show-every 0 --save-every 0"
-    config = train.parse_config([*flags.split(), "--precision", "bf16"])
+    flags += " --precision bf16"
+    config = train.parse_config(flags.split())
     device, bf16 = pick_device("cpu", config.threads, config.precision)
     policy, tokenizer = load_model(config.model, device)
     sets = train.gather_problems(config, policy, tokenizer)
