@@ -436,7 +436,7 @@ def make_arithmetic(split):
     """Make the built-in problems, always the same: chains like "7+5-4+3", totals of 0 to 12.
 
     One worked solution in five is careful: each line takes one term ("7+5=12"), and is right. In
-    the others a line takes two terms if two are left ("7+5-4=9"), and is off by up to 3.
+    the others, a line takes two terms while two are left ("7+5-4=9"), and is then off by up to 3.
     """
     count, held_out, terms = ARITHMETIC[split]
     rng = random.Random(f"arithmetic {split}")
@@ -583,7 +583,7 @@ def pick_device(name, threads=None, precision="auto"):
         raise InputError("--device cuda needs a GPU with CUDA: use cpu")
     if threads:
         torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(not cuda)  # CPU threads add up in a fixed order
+    torch.use_deterministic_algorithms(not cuda)  # sums in a fixed order on CPU threads
     # TRAP: with a mask, cuDNN's attention has given nan gradients on an H100 (pytorch #196678), and
     # it makes a plan for every new length (test_attention_of_cudnn_is_off).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -835,7 +835,7 @@ def report(options, problems, out):
         print(texts[0])
         return
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.touch()  # if that fails, it fails before the work
+    out.touch()  # an unwritable file should fail now, not after the evaluation
     out.unlink()
     scores, records, measures = evaluate(
         model,

@@ -32,7 +32,7 @@ from, softmax(logits / temperature). Comments marked PAPER say where the code de
 paper. Those marked TRAP say what can go wrong silently, and which test notices.
 
 Order: 1. advantages, 2. the objective, 3. the batch, 4. sampling, 5. log-probs. The rest may be
-skipped: 6. which models fit, 7. a faster cache.
+skipped: 6. which models are supported, 7. a faster cache.
 """
 
 from functools import partial
@@ -335,7 +335,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows stay until they are 1/8 of all.
+        # Copying the cache costs time, so ended rows stay until they are 1/8 of these rows.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]
@@ -349,7 +349,7 @@ def sample_groups(
     model.train(was_training)
     mask = completion_mask(completion_ids, eos_ids)
     truncated = ~torch.isin(completion_ids, eos).any(dim=1)
-    # Rows that had ended but were still there got more tokens, which become padding now.
+    # Rows kept after their EOS went on getting tokens: turn these into padding.
     completion_ids = completion_ids.masked_fill(~mask, pad_id)
     return Samples(completion_ids, mask, logp.masked_fill(~mask, 0.0), truncated)
 
@@ -409,7 +409,7 @@ def token_logprobs(
     logits would be by far the largest tensor, so only the tokens that count reach the vocabulary
     head, a chunk at a time.
     """
-    # TRAP: score at the sampling temperature; any other means another policy
+    # TRAP: score at the sampling temperature: at any other, it is a different policy
     # (test_rescored_logprobs_equal_the_samplers).
     if temperature <= 0:
         raise ValueError(f"temperature must be above 0 to score samples, not {temperature}")
@@ -494,7 +494,7 @@ def bf16_weights(model):
     return model
 
 
-# --- 6. Which models fit? -----------------------------------------------------------------------
+# --- 6. Which models are supported? -------------------------------------------------------------
 
 
 @torch.no_grad()

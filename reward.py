@@ -7,7 +7,8 @@ number is bounded. To follow the default run, read section 1; section 4 is how t
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
-A box takes precedence over a tag, a tag over ####; of several, the last one counts.
+A box takes precedence over a tag, a tag over ####; the last of several counts (of ####, the last
+before a value).
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")
 '2'
 
@@ -69,7 +70,7 @@ MAX_ANSWER = 400  # characters of a marked text
 MAX_LENGTH = 300  # characters of an answer after the clean-up
 MAX_DEPTH = 40  # expressions within expressions
 MAX_ITEMS = 50  # items of a list
-MAX_BITS = 4000  # bits of a value: of numerator and denominator, or of its exponent
+MAX_BITS = 4000  # limit of |log2(value)|; of an exact power, also for its bits
 
 
 class InputError(Exception):
@@ -219,8 +220,8 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). A % marks the
-        # place in each of them, and the text is cut there.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). In each of
+        # them, a % replaces the part that shows it, and the text is cut there.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
@@ -485,8 +486,8 @@ def clean(text):
     return text.strip() if len(text) <= MAX_LENGTH else ""
 
 
-# Units: a closed list, each with its spellings. The last lines are parts of compound units: a
-# square inch is inch2, and mph is mile/hour.
+# Units: a closed list, each with its spellings. The last line is for compound units: a square
+# inch is inch2.
 _UNITS = {}
 for _line in """meter m metre 米|centimeter cm centimetre 厘米|millimeter mm millimetre 毫米
 kilometer km kilometre 千米 公里|decimeter dm 分米|inch in|foot ft feet|yard yd|mile mi

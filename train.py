@@ -86,9 +86,9 @@ def sample_batch(author, tokenizer, problems, reward, config):
     (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
     the log: reward, length, truncated (means over completions); zero_var (the share of groups whose
     advantages are all 0); tok_s (sampled tokens per second); t_sample, t_reward (in seconds); with
-    a learned reward, also `right` (the mean reward by the rule) and `agree` (how often the reward,
-    rounded, is that by the rule). logp_ref is 0 until `add_reference` fills it in. mask_truncated
-    changes the weights only: truncated completions still count in the mean of their group.
+    a learned reward, also `right` (the mean of the rule's rewards) and `agree` (how often the
+    rounded reward equals the rule's). logp_ref is 0 until `add_reference` fills it in.
+    mask_truncated changes the weights only: truncated completions still count in the group's mean.
     """
     G = config.group_size
     moments = [time.perf_counter()]
@@ -167,12 +167,12 @@ def update(policy, optimizer, batch, config, lr, autocast):
     sampler's in batch.logp_old. They differ by rounding, most in bf16. With sample_from "reference"
     (RFT) there is no ratio, so every update replaces batch.logp_old.
 
-    autocast: the context in which the policy computes (bf16 on a GPU). Returns these numbers for
+    autocast: the context in which the policy computes (float32, or bf16). Returns these numbers for
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
-    update. kl, clip_share and entropy are means over tokens, by their weights in the loss, whatever
-    these add up to. gap and gap_max are the mean and the maximum, over the n tokens, of the
-    absolute difference between the sampler's log-probs and those of the first update; with these
-    differences sorted, gap_999 is the one at index int(0.999 n).
+    update. kl, clip_share and entropy are means over tokens, weighted as in the loss, with weights
+    scaled to add up to 1. The gaps are the n tokens' absolute differences between the sampler's
+    log-probs and those of the first update: gap is their mean, gap_max their maximum, and gap_999
+    the one at index int(0.999 n) when they are sorted.
     """
     stats = defaultdict(float)
     gaps = []
@@ -210,7 +210,7 @@ def update(policy, optimizer, batch, config, lr, autocast):
         stats["grad_norm"] += norm / config.mu
     gap = torch.cat(gaps).sort().values
     stats["gap"] = gap.mean().item()
-    stats["gap_999"] = gap[int(0.999 * len(gap))].item()  # one token in 1,000 exceeds it
+    stats["gap_999"] = gap[int(0.999 * len(gap))].item()  # at most one token in 1,000 exceeds it
     stats["gap_max"] = gap[-1].item()
     return stats
 
@@ -286,7 +286,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
             batch, texts, stats = sample_batch(author, tokenizer, questions, reward, config)
             moments = [time.perf_counter()]
             if config.kl_beta:
-                add_reference(batch, reference, config)  # needs no autocast: it is bf16 on a GPU
+                add_reference(batch, reference, config)  # no autocast: its weights may be bf16
             moments.append(time.perf_counter())
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
             stats |= update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
@@ -356,7 +356,7 @@ def renew_reward(reward, policy, tokenizer, problems, config):
 def warm_up(policy, tokenizer, worked, config, out, autocast):
     """Fine-tune on worked solutions (SFT) and save the model as out/sft.
 
-    PAPER: all tokens of a batch weigh the same; table 10 averages over each solution first.
+    PAPER: here all tokens of a batch weigh the same; table 10 averages over each solution first.
     """
     if not config.sft_steps:
         return
@@ -514,7 +514,7 @@ BUILTIN = {  # what differs without --model: small models want large learning ra
     "reward_lr": 1e-3,
     "eval_every": 20,
     "show_every": 20,
-    "threads": 2,
+    "threads": 1,
 }
 
 
@@ -716,7 +716,7 @@ def load_checkpoint(out, parts):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so that a step can end; a second one exits at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so a step can end; the same one again exits at once."""
     caught = []
 
     def note(number, frame):
@@ -769,7 +769,8 @@ def main(argv):
     conditions = versions() | {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
-        "prompt": tokenizer.decode(build_prompt(tokenizer, Problem("1+1", ""))),  # may have a date
+        # A chat template may add today's date.
+        "prompt": tokenizer.decode(build_prompt(tokenizer, Problem("1+1", ""))),
     }
     if config.resume:
         for name, before in read_run(out, "conditions").items():
