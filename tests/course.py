@@ -23,7 +23,7 @@ class Part(NamedTuple):
 
 PARTS = {
     "grpo.outcome_advantages": Part(
-        8, 20, "objective advantages or groups or rewards", "4.1.2: a reward beside its group's"
+        8, 20, "objective advantages or groups or rewards", "4.1.2: a reward against its group"
     ),
     "grpo.process_advantages": Part(
         6, 35, "objective advantages or steps or process", "4.1.3: rewards of steps, summed"

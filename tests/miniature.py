@@ -435,8 +435,10 @@ def write_section(part, seeds):
     jobs = [make_job(row, command, "S") for row, command in part.commands.items()]
     commands = "\n".join(f"python {' '.join(job.words)}" for job in jobs)
     known = ", ".join(f"{name} {version.split()[0]}" for name, version in versions().items())
+    many = re.search(r"\bS\b", commands)
+    where = f"Seeds S from {seeds[0]} to {seeds[-1]}, on" if many else "On"
     sections[part.title] = (
-        f"Seeds S from {seeds[0]} to {seeds[-1]}, on {os.cpu_count()} CPU cores. {known}.\n\n"
+        f"{where} {os.cpu_count()} CPU cores. {known}.\n\n"
         f"```\n{commands}\n```\n{part.tabulate(seeds)}"
     )
     lines = [

@@ -118,12 +118,13 @@ def draw_svamp(panels, seeds):
         rewards = np.concatenate(iterations, axis=1).reshape(len(those), -1, 5).mean(axis=2)
         miniature.draw(panels[0], range(5, sum(STEPS.values()) + 1, 5), rewards, colour, row)
     panels[0].set(title="reward, means of 5 steps", xlabel="step", ylabel="share right")
-    panels[0].set_ylim(0, 0.4)
     rows = {"step 0": "svamp-before", "step 30": "svamp-between", "step 90": "svamp-after"}
     for measure, colour in (("sampled", BLUE), ("greedy", ORANGE)):
         scores = [miniature.read_scores(row, [measure], seeds)[:, 0] for row in rows.values()]
         miniature.draw(panels[1], list(rows), np.stack(scores, axis=1), colour, measure)
-    panels[1].set(title="300 held-out problems", ylim=(0, 0.4))
+    panels[1].set(title="300 held-out problems")
+    for panel in panels:
+        panel.set_ylim(0, 0.4)
 
 
 # --- The same 20 steps with TRL -----------------------------------------------------------------

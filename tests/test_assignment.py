@@ -71,7 +71,9 @@ def test_exactly_the_tests_of_a_blank_function_are_skipped(tmp_path, capsys):
     assert "skipped there: those that call a blank function" in capsys.readouterr().out
     assert not {path.name for path in (course / "tests").iterdir()} & set(STAY)
     handout = (course / "README.md").read_text(encoding="utf-8")
-    assert "| 1 | `kl_estimate` | grpo.py |" in handout and "12 points in all" in handout
+    assert (
+        "| 1 | `kl_estimate` | grpo.py |" in handout and "12 points for these functions" in handout
+    )
 
 
 @pytest.mark.parametrize("variant", range(1, len(VARIANTS)))
