@@ -44,9 +44,9 @@ def test_signature_and_docstring_stay_and_the_body_goes(names, gone, tmp_path):
 def test_a_short_assignment_has_no_hints_on_other_functions(tmp_path):
     make_assignment.write_handout(tmp_path, ["grpo.kl_estimate", "grpo.token_logprobs"], 0)
     text = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert "`sample_groups` and `token_logprobs` use a cache" in text
+    assert "`sample_groups` and `token_logprobs` use the cache" in text
     assert "`extract_answer`" not in text and "`sample_batch`" not in text
-    assert "tests/adapters.py" in text and "15 points in all" in text
+    assert "tests/adapters.py" in text and "15 points for these" in text
 
 
 def test_none_writes_the_solution(tmp_path):
