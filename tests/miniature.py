@@ -72,6 +72,8 @@ FIGURE6 = {
     "renewed": f"{MODEL} --lr 1e-4 --iterations 4 --steps 20",
     "once": f"{MODEL} --lr 1e-4 --iterations 1 --steps 80",
     "fast": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60",
+    "fast-kl": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60 --kl-beta 0.4",
+    "fast-no-kl": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60 --kl-beta 0",
 }
 MANY_SAMPLES = (
     "eval.py --threads 1 --problems arithmetic --limit 200 --samples 32 --temperature 0.7"
@@ -267,6 +269,13 @@ def tabulate_figure6(seeds):
         columns = ("reward", "right", "agree")
         rows = {column: read_column("fast", column, [step], seeds)[:, 0] for column in columns}
         text += table(f"fast, training samples of step {step}", rows, {"reward": "right"})
+    against = {"fast-kl": "fast", "fast-no-kl": "fast"}
+    fast = ("fast", *against)
+    rows = {row: read_column(row, "right", [60], seeds)[:, 0] for row in fast}
+    text += table("right, training samples of step 60, and the KL term", rows, against)
+    for split in SPLITS:
+        rows = {row: read_accuracy(row, split, [60], seeds)[:, 0] for row in fast}
+        text += table(f"The KL term, step 60, sampled, {SPLITS[split]}", rows, against)
     return text
 
 
@@ -353,10 +362,13 @@ def draw_figure6(panels, seeds):
         draw(panels[0], steps, read_accuracy(row, "in", steps, seeds), colour, row)
     panels[0].set(title="held-out problems, sampled", xlabel="step", ylabel="share right")
     steps = range(1, 61)
-    labels = {"reward": "by the reward model", "right": "by the rule"}
-    for column, colour in (("reward", RED), ("right", GREEN)):
-        draw(panels[1], steps, read_column("fast", column, steps, seeds), colour, labels[column])
-    panels[1].set(title="fast (3 x the learning rate): training samples", xlabel="step")
+    for row, column, colour, label in (
+        ("fast", "reward", RED, "by the reward model"),
+        ("fast", "right", GREEN, "by the rule"),
+        ("fast-kl", "right", BLUE, "by the rule, --kl-beta 0.4"),
+    ):
+        draw(panels[1], steps, read_column(row, column, steps, seeds), colour, label)
+    panels[1].set(title="fast: training samples, --lr 3e-4", xlabel="step")
 
 
 def draw_figure7(panels, seeds):
