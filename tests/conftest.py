@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here may reach for the network
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # on a busy CPU, threads wait for each other
 if os.environ.get("TEST_DEVICE", "cpu") == "cpu":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # runs on a GPU would not be the same to the bit
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -15,7 +15,7 @@ import train
 from reward import accuracy_rewards
 
 CPU = torch.device("cpu")
-FLAGS = "--questions 32 --eval-every 0 --eval-limit 60 --eval-samples 4 --show-every 0 --threads 2"
+FLAGS = "--questions 32 --eval-every 0 --eval-limit 60 --eval-samples 4 --show-every 0"
 
 
 def run(out, flags, policy, tokenizer, reward=accuracy_rewards):
@@ -58,6 +58,7 @@ def test_shuffled_rewards_teach_nothing(learned, tmp_path):
 def test_the_same_seed_gives_the_same_weights_to_the_last_bit(learned, tmp_path):
     """With large batches: small ones do not show in which order threads add up gradients."""
     flags = "--sft-steps 0 --steps 2 --lr-warmup 0 --supervision process --mu 2 --eval-limit 1"
+    flags += " --threads 2"
     weights = []
     for name in "ab":
         policy, tokenizer = evaluation.load_model(str(learned[1] / "sft"), CPU)
