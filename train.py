@@ -661,7 +661,7 @@ def write_log(row, out, writer=None):
 
 
 def print_columns(row):
-    """Print one line of numbers (README, "Read the log"), with a header now and then."""
+    """Print one line of numbers, with a header now and then."""
     widths = {name: max(7, len(name)) for name in COLUMNS if name in row}
     if row["step"] % 20 == 1:
         print(*(f"{name:>{width}}" for name, width in widths.items()))

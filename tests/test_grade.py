@@ -125,11 +125,19 @@ def test_a_constant_reward_earns_half_at_most(solution):
         shutil.copy(ROOT / "reward.py", solution)
 
 
+def test_a_blank_that_its_caller_hides_earns_nothing(solution):
+    write_blanks(solution, ["extract_answer"])
+    assert grade_part("reward.extract_answer", solution, 0)[0] == 0
+
+
 def test_a_variant_fails_last_years_solution_and_passes_its_own(solution, tmp_path):
     part = "grpo.outcome_advantages"
     assert "fail" in grade_part(part, solution, 1)[1]
     copy_project(tmp_path / "new", 1)
     assert grade_part(part, tmp_path / "new", 1)[0] == 8
+    assert grade.variant_of(solution) == 0 and grade.variant_of(tmp_path / "new") == 1
+    write_blanks(tmp_path / "new", [part.partition(".")[2] for part in PARTS])
+    assert grade.variant_of(tmp_path / "new") == 1
 
 
 @pytest.mark.slow
