@@ -156,8 +156,8 @@ def sample_problems(
     samples = Samples(*(torch.cat(fields) for fields in zip(*parts, strict=True)))
     rows = [ids[mask] for ids, mask in zip(samples.completion_ids, samples.mask, strict=True)]
     texts = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    # TRAP: some templates end the prompt with <think>. If "</think>" is missing, the thought
-    # never ended, and there is no answer; a "<think>" appended to the text tells the reward so
+    # TRAP: some templates end the prompt with <think>. Without "</think>" the thought never
+    # ended, and there is no answer. Appending "<think>" signals this to the reward
     # (test_a_thought_that_the_prompt_opened).
     if tokenizer.decode(prompts[0]).rstrip().endswith("<think>"):
         texts = [text if "</think>" in text else text + "<think>" for text in texts]
@@ -722,8 +722,8 @@ class Parser(HfArgumentParser):
 def parse_options(kind, argv, description, saved=None, **defaults):
     """Read a command line into a dataclass, which checks its bounds. Raises InputError.
 
-    saved: options from a run.json, which the command line may change. defaults: they replace those
-    of the dataclass.
+    saved: options from a run.json; the command line overrides them. defaults: replace the
+    dataclass's.
     """
     parser = Parser(kind, description=description, allow_abbrev=False)
     parser.set_defaults(**defaults)
@@ -824,7 +824,7 @@ def main(argv):
 
 
 def report(options, problems, out):
-    """Evaluate and print a table and a transcript of each kind; or only print an answer."""
+    """Evaluate, print a table and one transcript per verdict; or just print an answer."""
     device, bf16 = pick_device(options.device, options.threads)
     model, tokenizer = load_model(options.model, device)
     problems = drop_long_problems(model, tokenizer, problems, options.max_new_tokens)

@@ -252,7 +252,7 @@ def micro_batches(batch, limit):
     """Cut a batch into lists of row numbers with at most `limit` tokens, padding included.
 
     P, the width of prompt_ids, counts once per row, since each row holds a copy of its prompt's
-    keys and values. A row that is longer than the limit stands alone. Rows of similar length go
+    keys and values. A row longer than the limit goes alone. Rows of similar length go
     together, so that there is little padding. The cut changes memory, time and rounding only: the
     losses add up.
     """
@@ -293,8 +293,8 @@ def sample_groups(
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
-    times. Then each forward pass takes one new token per row. Rows that have ended are dropped
-    once they are an eighth of those still held.
+    times. Then each forward pass takes one new token per row. Ended rows are dropped once
+    they make up an eighth of the rows held.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.
@@ -335,7 +335,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows stay until they are 1/8 of these rows.
+        # Copying the cache costs time, so ended rows stay until they are 1/8 of `rows`.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]

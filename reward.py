@@ -7,8 +7,8 @@ number is bounded. To follow the default run, read section 1; section 4 is how t
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
-A box takes precedence over a tag, a tag over ####; the last of several counts (of ####, the last
-before a value).
+A box takes precedence over a tag, a tag over ####; the last one counts (for ####, the last with a
+value).
 >>> extract_answer(r"\boxed{1} \boxed{2} <answer>3</answer>")
 '2'
 
@@ -70,7 +70,7 @@ MAX_ANSWER = 400  # characters of a marked text
 MAX_LENGTH = 300  # characters of an answer after the clean-up
 MAX_DEPTH = 40  # expressions within expressions
 MAX_ITEMS = 50  # items of a list
-MAX_BITS = 4000  # limit of |log2(value)|; of an exact power, also for its bits
+MAX_BITS = 4000  # limit on |log2(value)|, and on the bits of an exact power
 
 
 class InputError(Exception):
@@ -220,8 +220,8 @@ def step_rewards(completion):
         text = re.sub(r"(?<![A-Za-z]) ?x ?(?=[\d(.])", "*", text)  # 3 x 4
         # 3 cups + 2 cups = 5 cups
         text = re.sub(r"(?<=\d) ([a-z]{3,})(?= ?[-+*=])(?=.*\b\1\b)", "", text)
-        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). In each of
-        # them, a % replaces the part that shows it, and the text is cut there.
+        # Not checked: 25% of 80; 4 remainder 3; 3:30; 1,2; \frac{1}{2} (4 + 6). In each,
+        # the telltale part becomes %, and the text is cut there.
         text = re.sub(r"% of | [Rr](?:emainder)?\b|(?<=\d)[:,](?=\d)|(?<=\}) (?=\()", "%", text)
         checks = []
         # Cut at words and odd signs.
@@ -566,13 +566,13 @@ def _power(base, exponent):
 
 
 def _factorial(value):
-    """Return n!, which is the gamma function where a letter stands for n."""
+    """Return n!, as gamma(n + 1) where a letter stands for n."""
     if abs(value) > 400:
         raise OverflowError("too large")
     return _MP.factorial(value)
 
 
-# A Fraction and an mpmath number can be added and multiplied, but not subtracted or divided.
+# Fraction - mpf and Fraction / mpf raise TypeError; + and * work.
 _OPERATORS = {
     ast.Add: operator.add,
     ast.Sub: lambda a, b: a + -b,

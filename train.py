@@ -81,8 +81,8 @@ from reward import (
 def sample_batch(author, tokenizer, problems, reward, config):
     """Sample, reward and compare: lines 7 to 9 of Algorithm 1, for B problems.
 
-    author: the model that writes the completions. reward: a function of prompts, completions and
-    answer, each a list of N texts, that returns N numbers, which are compared in float64. Returns
+    author: the model that writes the completions. reward: a function from prompts, completions and
+    answer (lists of N texts) to N numbers, which are compared in float64. Returns
     (batch, texts, stats): a `Batch` of N = B * G completions, their texts, and these numbers for
     the log: reward, length, truncated (means over completions); zero_var (the share of groups whose
     advantages are all 0); tok_s (sampled tokens per second); t_sample, t_reward (in seconds); with
@@ -170,9 +170,9 @@ def update(policy, optimizer, batch, config, lr, autocast):
     autocast: the context in which the policy computes (float32, or bf16). Returns these numbers for
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
     update. kl, clip_share and entropy are means over tokens, weighted as in the loss, with weights
-    scaled to add up to 1. The gaps are the n tokens' absolute differences between the sampler's
-    log-probs and those of the first update: gap is their mean, gap_max their maximum, and gap_999
-    the one at index int(0.999 n) when they are sorted.
+    scaled to add up to 1. A token's gap is the absolute difference between the sampler's log-prob
+    and that of the first update: gap is the mean of the n gaps, gap_max the maximum, gap_999 the
+    one at index int(0.999 n), once sorted.
     """
     stats = defaultdict(float)
     gaps = []
@@ -313,7 +313,7 @@ def shuffle(problems, seed):
 def learning_rate(step, steps, peak, warmup, end):
     """Return the rate of step 0, 1, ...: up to `peak` in `warmup` steps, then down to end * peak.
 
-    Both ramps are linear; the last step, steps - 1, has end * peak.
+    Both ramps are linear; the last step has end * peak, if steps > warmup + 1.
     """
     down = 1 - (1 - end) * max(0, step - warmup) / max(1, steps - 1 - warmup)
     return peak * min(down, (step + 1) / max(1, warmup))
@@ -420,7 +420,7 @@ def step_ends(tokenizer, ids, ends):
     stream = DecodeStream(skip_special_tokens=True)
     reached = 0
     lengths = []  # of the text up to and including each token
-    for token in ids:  # a character split across tokens comes with its last one
+    for token in ids:  # a character split across tokens arrives with the last
         try:
             reached += len(stream.step(tokenizer.backend_tokenizer, token) or "")
         except Exception:  # a character left unfinished: the stream has lost its place
@@ -716,7 +716,7 @@ def load_checkpoint(out, parts):
 
 @contextlib.contextmanager
 def catch_signals():
-    """Collect Ctrl-C and SIGTERM in a list, so a step can end; the same one again exits at once."""
+    """Collect Ctrl-C and SIGTERM in a list, so a step can finish; a repeat exits at once."""
     caught = []
 
     def note(number, frame):
