@@ -57,7 +57,7 @@ ROWS_AT_ONCE = 512  # completions that are sampled together, unless an option sa
 class Problem(NamedTuple):
     question: str
     answer: str  # the gold answer, compared by reward.is_equivalent
-    solution: str = ""  # worked text for the supervised warm-up, if there is one
+    solution: str = ""  # worked, for the supervised warm-up, if there is one
     request: str = ""  # what follows the question in the prompt
     line: int = 0  # in its file
 
@@ -272,7 +272,7 @@ def interval(values):
     """Compute the 95% interval (low, high) of a mean of values in [0, 1], one per question.
 
     Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else the mean +- t
-    standard errors. (The samples of one question are not independent: hence one per question.)
+    standard errors. (Samples of one question are not independent: hence one value for each.)
     """
     n = len(values)
     mean = numpy.mean(values)
@@ -537,7 +537,7 @@ def parse_problem(text, line):
     ):
         raise ValueError("an answer that is neither text nor a number")
     f"{question}{answer}".encode()  # half a character, "\\ud83d", is an error here
-    # In worked text such as GSM8K's, drop the calculator notes, <<48/2=24>>, and mark the answer
+    # In solutions such as GSM8K's, drop the calculator notes, <<48/2=24>>, and mark the answer
     # the way we ask for it.
     gold = final_answer(answer)
     work = re.sub(r"<<[^<>]*>>", "", str(answer).rpartition("####")[0])
@@ -622,7 +622,7 @@ def load_model(name, device):
             raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
-        # Added tokens that no prompt has, such as Gemma's for images, need no row in the model.
+        # Added tokens that no prompt contains, such as Gemma's for images, need no row in the model.
         ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         ids |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
         ids |= {*build_prompt(tokenizer, Problem("1+1", ""))}

@@ -349,7 +349,7 @@ def sample_groups(
     model.train(was_training)
     mask = completion_mask(completion_ids, eos_ids)
     truncated = ~torch.isin(completion_ids, eos).any(dim=1)
-    # Rows kept after their EOS went on getting tokens: turn these into padding.
+    # Rows kept past their EOS got more tokens: turn these into padding.
     completion_ids = completion_ids.masked_fill(~mask, pad_id)
     return Samples(completion_ids, mask, logp.masked_fill(~mask, 0.0), truncated)
 

@@ -3,7 +3,7 @@ r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learn
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
 same text as the gold answer. No model output is ever run as code, and the size of every text and
-number is bounded. To follow the default run, read section 1; section 4 is how the grader works.
+number is bounded. To follow the default run, read section 1; section 4 is the grader itself.
 
 Conventions, each a choice (change one, and the tests tell you what moved):
 
@@ -105,7 +105,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return what follows "#### " on the last line that has a value there, or else on the last."""
+    """Return the text after the last "#### " that has a value there, or else the last."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
@@ -127,7 +127,7 @@ def _up_to_closing_brace(text):
 def accuracy_reward(completion, gold):
     r"""Return 1.0 if the marked answer of a completion is equivalent to `gold`, else 0.0.
 
-    A completion or gold answer that is missing, or is not a text, earns 0.0.
+    If the completion or the gold answer is missing or not a string, that is 0.0.
 
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18")
     (1.0, 0.0)

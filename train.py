@@ -286,7 +286,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
             batch, texts, stats = sample_batch(author, tokenizer, questions, reward, config)
             moments = [time.perf_counter()]
             if config.kl_beta:
-                add_reference(batch, reference, config)  # no autocast: its weights may be bf16
+                add_reference(batch, reference, config)  # no autocast: with bf16, it is bf16
             moments.append(time.perf_counter())
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
             stats |= update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
