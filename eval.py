@@ -622,7 +622,7 @@ def load_model(name, device):
             raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
-        # Added tokens that no prompt contains, such as Gemma's for images, need no row in the model.
+        # Added tokens no prompt contains, such as Gemma's for images, need no row in the model.
         ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         ids |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
         ids |= {*build_prompt(tokenizer, Problem("1+1", ""))}

@@ -31,7 +31,7 @@ Letters stand for positive numbers (except e, i and \pi). Several in a row are a
 >>> is_equivalent(r"\sqrt{x^3}", r"x\sqrt{x}"), is_equivalent("5 red balls", "5")
 (True, False)
 
-A word, date, ratio or call such as f(2x) equals only the same text.
+A word, date, ratio or call such as f(2x) matches only identical text.
 >>> is_equivalent("on", "no"), is_equivalent("2020-07-04", "2009"), is_equivalent("f(2x)", "2f(x)")
 (False, False, False)
 
@@ -105,7 +105,7 @@ def extract_answer(completion):
 
 
 def _last_marked_line(completion):
-    """Return the text after the last "#### " that has a value there, or else the last."""
+    """Return the text of the last "#### " line that has a value, else of the last one."""
     lines = re.findall(r"^#### (.*)$", completion, re.M)[-10:]
     for line in reversed(lines):
         expression, _ = _split_unit(_split_name(clean(line.strip()))[1])
@@ -374,7 +374,7 @@ def _last_token(spans, end):
 # the same thing become one. `_same_answer` strips names, `_same` takes lists, intervals and the
 # like apart, `_same_value` strips units. What is left is an expression. Python's own parser makes a
 # tree of it (`_tree`; `ast.parse` runs nothing), and `_evaluate` evaluates that, if it knows every
-# kind of node in it. Anything else is opaque: it equals only the same text.
+# kind of node in it. Anything else is opaque: it matches only identical text.
 
 _POWERS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺", "0123456789-+")
 # Between two semicolons: characters, and what they become.
@@ -566,7 +566,7 @@ def _power(base, exponent):
 
 
 def _factorial(value):
-    """Return n!, as gamma(n + 1) where a letter stands for n."""
+    """Return n!, as gamma(n + 1) if n contains a letter."""
     if abs(value) > 400:
         raise OverflowError("too large")
     return _MP.factorial(value)
@@ -595,8 +595,8 @@ _FUNCTIONS = {
 _CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar infty"""
-# How Python writes the signs. {x} is a set of one item; so mismatched brackets, as
-# in {x), are a syntax error.
+# How Python writes the signs. Braces stay, {x} is a set of one item, so that mismatched brackets
+# such as {x) are a syntax error.
 _SIGNS = {sign: sign for sign in "+-*/()[],"}
 _SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
 _TOKEN = re.compile(

@@ -168,11 +168,11 @@ def update(policy, optimizer, batch, config, lr, autocast):
     (RFT) there is no ratio, so every update replaces batch.logp_old.
 
     autocast: the context in which the policy computes (float32, or bf16). Returns these numbers for
-    the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, only in the first
-    update. kl, clip_share and entropy are means over tokens, weighted as in the loss, with weights
-    scaled to add up to 1. A token's gap is the absolute difference between the sampler's log-prob
-    and that of the first update: gap is the mean of the n gaps, gap_max the maximum, gap_999 the
-    one at index int(0.999 n), once sorted.
+    the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, from the first
+    update only. kl, clip_share and entropy are means over tokens, weighted as in the loss, with
+    weights scaled to add up to 1. A token's gap is the absolute difference between the sampler's
+    log-prob and that of the first update: gap is the mean of the n gaps, gap_max the maximum,
+    gap_999 the one at index int(0.999 n), once sorted.
     """
     stats = defaultdict(float)
     gaps = []
@@ -286,7 +286,7 @@ def train(policy, tokenizer, problems, worked, held_out, reward, config, out, lo
             batch, texts, stats = sample_batch(author, tokenizer, questions, reward, config)
             moments = [time.perf_counter()]
             if config.kl_beta:
-                add_reference(batch, reference, config)  # no autocast: with bf16, it is bf16
+                add_reference(batch, reference, config)  # no autocast: a bf16 run has a bf16 copy
             moments.append(time.perf_counter())
             lr = learning_rate(step, total, config.lr, config.lr_warmup, config.lr_end)
             stats |= update(policy, optimizer, batch, config, lr, autocast)  # lines 10, 11
