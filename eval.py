@@ -272,7 +272,7 @@ def interval(values):
     """Compute the 95% interval (low, high) of a mean of values in [0, 1], one per question.
 
     Wilson's if all are 0 or 1 (8 of 10: 0.490 to 0.943) or all are equal, else the mean +- t
-    standard errors. (Samples of one question are not independent: hence one value for each.)
+    standard errors. (A question's samples are not independent: hence one value per question.)
     """
     n = len(values)
     mean = numpy.mean(values)
@@ -622,7 +622,7 @@ def load_model(name, device):
             raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
-        # Added tokens no prompt contains, such as Gemma's for images, need no row in the model.
+        # Added tokens for images, as in Gemma, never occur in a prompt: they need no row in the model.
         ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         ids |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
         ids |= {*build_prompt(tokenizer, Problem("1+1", ""))}

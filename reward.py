@@ -127,7 +127,7 @@ def _up_to_closing_brace(text):
 def accuracy_reward(completion, gold):
     r"""Return 1.0 if the marked answer of a completion is equivalent to `gold`, else 0.0.
 
-    If the completion or the gold answer is missing or not a string, that is 0.0.
+    It is 0.0 if the completion or the gold answer is missing or not a string.
 
     >>> accuracy_reward(r"so it is \boxed{18}", "18"), accuracy_reward("18", "18")
     (1.0, 0.0)
@@ -184,7 +184,7 @@ def ask_reward(reward, prompts, completions, answer):
     """Call any reward with three lists of N texts, and return its N numbers as floats.
 
     The reward gets copies of the lists, so it may change them. Raises InputError if it fails, or
-    does not return N numbers that are finite, in float32 too.
+    does not return N numbers that are finite even in float32.
     """
     try:
         numbers = reward(prompts=[*prompts], completions=[*completions], answer=[*answer])
@@ -236,7 +236,7 @@ def step_rewards(completion):
 
 
 def _holds(left, right):
-    """Tell whether left = right. Results of * and / may be rounded as `right` is: 10/3 = 3.33."""
+    """Tell whether left = right. Results of * and / may be rounded to `right`'s decimals: 10/3 = 3.33."""
     exact = value_of(left)[0]
     shown = value_of(right)[0]
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
@@ -325,7 +325,7 @@ class LearnedReward(torch.nn.Module):
         return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def renew(self):
-        """Fit to the fresh texts, and to one old text per nine of them: the paper's 10% replay."""
+        """Fit to the fresh texts, and to one old text per nine fresh ones: the paper's 10% replay."""
         old = random.sample(self.replay, min(len(self.replay), len(self.fresh) // 9))
         self.fit(self.fresh + old)
         self.replay += self.fresh
@@ -595,7 +595,7 @@ _FUNCTIONS = {
 _CONSTANTS = {r"\pi": +_MP.pi, "e": +_MP.e, "i": _MP.mpc(0, 1)}
 _LETTERS = """alpha beta gamma delta epsilon zeta eta theta kappa lambda mu nu xi pi rho sigma tau
 phi varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Phi Psi Omega ell hbar infty"""
-# How Python writes the signs. Braces stay, {x} is a set of one item, so that mismatched brackets
+# How Python writes the signs. Braces stay ({x} is a set of one item), so mismatched brackets
 # such as {x) are a syntax error.
 _SIGNS = {sign: sign for sign in "+-*/()[],"}
 _SIGNS |= {"{": "({", "}": "})", "}{": "},{", "^": "**", "%": '/"100"'}
@@ -820,7 +820,7 @@ def _same_value(a, b):
     for other in others:  # all sides must be equal, including those of 9+9 = 18
         if not first or not other or not all(map(_close, first, other)):
             return False
-    # Arithmetic that was not done earns nothing: a policy would copy the question.
+    # Arithmetic that was not done earns nothing, or a policy would copy the question.
     copied = all(map(_is_number, gold_sides)) and all(map(_is_undone, sides))
     return not copied
 
