@@ -524,7 +524,7 @@ def read_svamp(path, split):
 def parse_problem(text, line):
     """Make a Problem from one line of JSON. Raises ValueError or the like for anything else."""
     row = json.loads(text)
-    # In published sets the question may be a user message, and the key of the answer "golden".
+    # In some published sets the question is a user message, and the answer's key is "golden".
     asked = [turn["content"] for turn in row.get("messages", []) if turn.get("role") == "user"]
     question = row.get("question") or row.get("problem") or (asked or [None])[0]
     answer = row.get("golden") if row.get("answer") is None else row["answer"]
@@ -622,7 +622,7 @@ def load_model(name, device):
             raise ValueError(f"weights of another shape: {min(info['mismatched_keys'])[0]}")
         if info["missing_keys"]:
             raise ValueError("weights are missing; was it saved as a causal language model?")
-        # Added tokens for images, as in Gemma, never occur in a prompt: they need no row in the model.
+        # Added tokens for images, as in Gemma, never occur in a prompt, and need no row.
         ids = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
         ids |= {tokenizer.eos_token_id, tokenizer.pad_token_id}
         ids |= {*build_prompt(tokenizer, Problem("1+1", ""))}

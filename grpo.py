@@ -88,8 +88,8 @@ def process_advantages(rewards, ends, mask, group_size, scale="std"):
     A_hat[i,t] = sum of r~[i,j] over the steps j of completion i that end at token t or after it.
     r~ is the reward of a step, compared with all steps of the group as above.
 
-    rewards, ends: (N, K), what each step earned and the token that ends it; -1 in ends pads
-    rows with fewer steps. mask: (N, T). Returns (N, T), 0 where mask is false.
+    rewards, ends: (N, K), what each step earned and the token that ends it; ends is -1 past a row's
+    last step. mask: (N, T). Returns (N, T), 0 where mask is false.
 
     G = 2, T = 5. Steps [1, 0, 1] end at tokens 1, 3, 4; step [0] ends at 2. Mean 1/2, std 0.577:
     r~ is +-0.866 -> [0.87, 0.87, 0, 0, 0.87] and [-0.87, -0.87, -0.87, 0, 0]
@@ -293,8 +293,8 @@ def sample_groups(
     """Sample `group_size` completions for each of B prompts: "a group of outputs" in section 4.1.
 
     The prompts go through the model once. Their keys and values (the KV cache) are repeated G
-    times. Then each forward pass takes one new token per row. Ended rows are dropped once
-    they make up an eighth of the rows held.
+    times. Then each forward pass takes one new token per row. Finished rows are dropped
+    once they are an eighth of the rows held.
 
     prompt_ids, prompt_mask: (B, P), padded on the left. eos_ids: the ids that end a completion.
     pad_id: fills up rows that have ended; it may be an EOS id. temperature: 0 is greedy.
@@ -335,7 +335,7 @@ def sample_groups(
         left = running.sum().item()  # waits for the GPU
         if left == 0 or t + 1 == max_new_tokens:
             break
-        # Copying the cache costs time, so ended rows stay until they are 1/8 of `rows`.
+        # Copying the cache costs time, so finished rows stay until they are 1/8 of `rows`.
         if left <= 7 / 8 * len(rows):
             stay = running.nonzero().squeeze(1)
             rows = rows[stay]

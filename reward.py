@@ -1,4 +1,4 @@
-r"""Rewards for math: a rule, text in and 1.0 or 0.0 out, and a model that learns it.
+r"""Rewards for math: a rule (text in, 1.0 or 0.0 out) and a model that learns it.
 
 GRPO learns whatever the reward pays for, so a rule that can be fooled will be fooled. Hence the
 answer must be marked, and all of the marked text counts. If it cannot be parsed, it must be the
@@ -236,7 +236,7 @@ def step_rewards(completion):
 
 
 def _holds(left, right):
-    """Tell whether left = right. Results of * and / may be rounded to `right`'s decimals: 10/3 = 3.33."""
+    """Tell whether left = right. * and / may be rounded to `right`'s decimals: 10/3 = 3.33."""
     exact = value_of(left)[0]
     shown = value_of(right)[0]
     number = re.fullmatch(r"-?\d*(?:\.(\d*))?", right)
@@ -325,7 +325,7 @@ class LearnedReward(torch.nn.Module):
         return self.tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
 
     def renew(self):
-        """Fit to the fresh texts, and to one old text per nine fresh ones: the paper's 10% replay."""
+        """Fit to the fresh texts, plus one old text per nine fresh: the paper's 10% replay."""
         old = random.sample(self.replay, min(len(self.replay), len(self.fresh) // 9))
         self.fit(self.fresh + old)
         self.replay += self.fresh
@@ -875,7 +875,7 @@ def is_equivalent(answer, gold):
 
 
 def _word(text):
-    """Return a word in lower case, without spaces or the brackets of (A); "" for anything else."""
+    """Return a word in lower case, without spaces, with (A) as a; "" for anything else."""
     word = re.sub(r"^\(([A-Za-z])\)$|[ ~]", r"\1", text).casefold()
     return word if re.fullmatch(r"[^\W\d_]+|(?=.*[a-z]{4})[a-z.-]+", word) else ""
 

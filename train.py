@@ -171,8 +171,8 @@ def update(policy, optimizer, batch, config, lr, autocast):
     the log: loss, kl, clip_share and grad_norm, means over the updates; entropy, from the first
     update only. kl, clip_share and entropy are means over tokens, weighted as in the loss, with
     weights scaled to add up to 1. A token's gap is the absolute difference between the sampler's
-    log-prob and that of the first update. gap is the mean of the n gaps, gap_max the maximum,
-    gap_999 entry int(0.999 n) of the sorted gaps.
+    log-prob and that of the first update. Over the n gaps, gap is the mean, gap_max the
+    maximum, and gap_999 is entry int(0.999 n) in sorted order.
     """
     stats = defaultdict(float)
     gaps = []
