@@ -68,12 +68,13 @@ FIGURE5 = {
     "grpo-no-kl": f"{SLOWLY} --kl-beta 0",
 }
 MODEL = f"{AFTER_WARM_UP} --reward model --reward-lr 1e-3 --eval-every 20 --eval-samples 4"
+FAST = f"{MODEL} --lr 3e-4 --iterations 1 --steps 60"
 FIGURE6 = {
     "renewed": f"{MODEL} --lr 1e-4 --iterations 4 --steps 20",
     "once": f"{MODEL} --lr 1e-4 --iterations 1 --steps 80",
-    "fast": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60",
-    "fast-kl": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60 --kl-beta 0.4",
-    "fast-no-kl": f"{MODEL} --lr 3e-4 --iterations 1 --steps 60 --kl-beta 0",
+    "fast": FAST,
+    "fast-kl": f"{FAST} --kl-beta 0.4",
+    "fast-no-kl": f"{FAST} --kl-beta 0",
 }
 MANY_SAMPLES = (
     "eval.py --threads 1 --problems arithmetic --limit 200 --samples 32 --temperature 0.7"
@@ -447,8 +448,8 @@ def write_section(part, seeds):
     jobs = [make_job(row, command, "S") for row, command in part.commands.items()]
     commands = "\n".join(f"python {' '.join(job.words)}" for job in jobs)
     known = ", ".join(f"{name} {version.split()[0]}" for name, version in versions().items())
-    many = re.search(r"\bS\b", commands)
-    where = f"Seeds S from {seeds[0]} to {seeds[-1]}, on" if many else "On"
+    seeded = re.search(r"\bS\b", commands)
+    where = f"Seeds S from {seeds[0]} to {seeds[-1]}, on" if seeded else "On"
     sections[part.title] = (
         f"{where} {os.cpu_count()} CPU cores. {known}.\n\n"
         f"```\n{commands}\n```\n{part.tabulate(seeds)}"

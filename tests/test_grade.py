@@ -176,6 +176,13 @@ def test_some_functions_and_a_file_of_tests_are_graded_together(solution, tmp_pa
     assert [test["max_score"] for test in tests] == [5, 25]
 
 
+def test_a_submission_in_another_variant_is_noted(solution, capsys):
+    grade.main([str(solution), "--functions", "none", "--variant", "0"])
+    assert "note:" not in capsys.readouterr().out
+    grade.main([str(solution), "--functions", "none", "--variant", "1"])
+    assert "has the names of --variant 0" in capsys.readouterr().out
+
+
 MINE = """
 import torch
 from adapters import kl_estimate

@@ -108,7 +108,7 @@ def test_runs_what_is_missing_goes_on_and_leaves_other_sections_alone(tiny, tmp_
     titles = ["# Results", "## Tiny", "## Memory", "### more", "## Unknown"]
     assert re.findall("^#.*", text, re.M) == titles
     assert "\n2 seeds\n" in text and "\nas it was\n\n### more\n" in text
-    assert "python train.py --seed S --threads 1" in text
+    assert "python train.py --seed S --threads 1" in text and "\nSeeds S from 0 to 1, on " in text
 
     tiny.clear()
     miniature.main()
